@@ -1,0 +1,1 @@
+"""Networks into smaller networks: trace, prune, shorten, distil."""

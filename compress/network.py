@@ -1,0 +1,365 @@
+"""A traced network: a ``torch.export`` graph with its weights, its example inputs and a history of passes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import traceback
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import FileError, TraceError
+from .modes import set_mode
+
+__all__ = ["EXPORT_BATCH", "Network", "export_program", "retrace", "trace"]
+
+EXPORT_BATCH = 13
+"""The batch size that graphs are exported with: a prime that no dimension uses, so that a symbolic size is never ambiguous."""
+
+
+class Network:
+    """A network as edgepress works on it: whatever ``torch.export`` can see, without the user's class.
+
+    It is called, trained, copied and moved like a module; a pass returns a new one and leaves its input as it was.
+
+    Attributes:
+        module: the graph and its weights; parameter names are those of the original module.
+        example_inputs: the inputs as the user gave them, batch first, on the CPU.
+        history: one dict for each pass that made the network, ``{"pass": "Prune", ...configuration and findings}``.
+
+    Example:
+        >>> import torch
+        >>> network = trace(torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.ReLU()), torch.zeros(1, 4))
+        >>> network.parameter_count, network.macs()
+        (10, 8)
+        >>> network.predict(torch.zeros(5, 4).numpy()).shape
+        (5, 2)
+    """
+
+    def __init__(self, module: fx.GraphModule, example_inputs: tuple[Tensor, ...], history: tuple[dict[str, Any], ...] = ()):
+        self.module = module
+        self.example_inputs = example_inputs
+        self.history = history
+
+    # ---- running
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+    def predict(self, *inputs: np.ndarray) -> Any:
+        """Run in evaluation mode on numpy arrays ``[N, ...]``: one array, or a tuple where there are several outputs."""
+        was_training, device = self.training, self.device
+        if was_training:
+            self.eval()
+        tensors = [torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in inputs]
+        try:
+            with torch.inference_mode():
+                outputs = self.module(*tensors)
+        except RuntimeError as error:
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            wanted = ", ".join(str(["N", *x.shape[1:]]) for x in self.example_inputs)
+            raise FileError(f"Inputs of shape {shapes} do not fit a network that takes {wanted}: {error}") from error
+        finally:
+            if was_training:
+                self.train()
+        leaves = tuple(t.float().cpu().numpy() if t.dtype == torch.bfloat16 else t.cpu().numpy() for t in _leaves(outputs))
+        return leaves[0] if len(leaves) == 1 else leaves
+
+    # ---- the module's ways
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout and batch normalisation act as in training."""
+        return self.module.training
+
+    def train(self) -> Network:
+        """Switch to training mode, in place."""
+        set_mode(self.module, True)
+        return self
+
+    def eval(self) -> Network:
+        """Switch to evaluation mode, in place."""
+        set_mode(self.module, False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((t.device for t in self.tensors()), torch.device("cpu"))
+
+    def to(self, device: torch.device | str | None = None, memory_format: torch.memory_format | None = None) -> Network:
+        """Move the weights, in place; sizes and constants that the export baked a device into follow."""
+        if memory_format is not None:
+            self.module.to(memory_format=memory_format)  # type: ignore[call-overload]
+        if device is not None:
+            self.module.to(device)
+            for node in self.module.graph.nodes:
+                if node.op == "call_function" and node.kwargs.get("device") is not None:
+                    node.update_kwarg("device", torch.device(device))
+                if node.op == "get_attr":
+                    owner, leaf = _owner(self.module, node.target)
+                    value = getattr(owner, leaf)
+                    if isinstance(value, Tensor) and value.device != torch.device(device):
+                        setattr(owner, leaf, value.to(device))
+            self.module.recompile()
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable weights."""
+        return self.module.parameters()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Parameters and buffers, each once."""
+        yield from self.module.parameters()
+        yield from self.module.buffers()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Names and weights, named as in the original module."""
+        return dict(self.module.state_dict())
+
+    def copy(self) -> Network:
+        """An independent copy: graph, weights and history."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        return Network(copy.deepcopy(self.module, memo), self.example_inputs, copy.deepcopy(self.history, memo))
+
+    def then(self, **entry: Any) -> Network:
+        """The same network with one more line of history."""
+        return Network(self.module, self.example_inputs, (*self.history, entry))
+
+    # ---- size
+
+    @property
+    def parameter_count(self) -> int:
+        """How many trainable numbers there are; tied weights count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights and buffers in memory."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def macs(self) -> int:
+        """Multiply-accumulate operations for one example, of convolutions, matrix products and attention (torch's counter)."""
+        device = self.device
+        one = [x[:1].to(device) for x in _batch(self.example_inputs, 2)]
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            self.module(*one)
+        return counter.get_total_flops() // 2
+
+    # ---- on disk
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a folder with ``program.pt2`` (torch.export's format, without weights), ``weights.safetensors`` and
+        ``network.json``. Nothing in it is a pickle.
+
+        Raises:
+            FileError: the folder cannot be written.
+        """
+        path = Path(path)
+        network = self.copy().to("cpu").eval()
+        program = _export(network.module, network.example_inputs)
+        weights = {k: v.detach() for k, v in program.state_dict.items()}
+        for name, value in weights.items():
+            meta = value.to("meta")
+            program.state_dict[name] = nn.Parameter(meta, False) if isinstance(program.state_dict[name], nn.Parameter) else meta
+        program._example_inputs = None
+        described = {
+            "inputs": [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in self.example_inputs],
+            "parameters": [name for name, _ in network.module.named_parameters(remove_duplicate=False)],
+            "history": list(self.history),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+                folder = Path(scratch) / "network"
+                folder.mkdir()
+                torch.export.save(program, folder / "program.pt2")
+                shared = {k: weights[k].clone().contiguous() for k in weights}
+                save_file({**shared, **{f"example.{i}": x.contiguous() for i, x in enumerate(self.example_inputs)}}, folder / "weights.safetensors")
+                (folder / "network.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
+                old = Path(scratch) / "old"
+                if path.exists():
+                    path.rename(old)
+                folder.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise FileError(f"Cannot write the network to {path}: {error.strerror or error}.") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Network:
+        """Read a folder that `save` wrote. No pickle is ever read.
+
+        Raises:
+            FileError: not such a folder, a damaged file, or a program that asks for a pickle.
+        """
+        path = Path(path)
+        missing = [n for n in ("program.pt2", "weights.safetensors", "network.json") if not (path / n).is_file()]
+        if missing:
+            raise FileError(f"{path} is not a saved network: {', '.join(missing)} is missing.")
+        try:
+            described = json.loads((path / "network.json").read_text())
+            weights = load_file(path / "weights.safetensors")
+            _refuse_pickles(path / "program.pt2")
+            with _quiet():
+                program = torch.export.load(path / "program.pt2")
+        except FileError:
+            raise
+        except Exception as error:
+            raise FileError(f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}).") from error
+        inputs = tuple(weights.pop(f"example.{i}") for i in range(len(described["inputs"])))
+        module = program.module(check_guards=False)
+        ties: dict[int, Any] = {}
+        for name, old in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+            owner, leaf = _owner(module, name)
+            if id(old) not in ties:
+                value = weights[name]
+                ties[id(old)] = nn.Parameter(value, value.is_floating_point()) if name in described["parameters"] else value
+            setattr(owner, leaf, ties[id(old)])
+        return cls(module, inputs, tuple(described["history"]))
+
+
+def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Network:
+    """Capture a module with ``torch.export``, the batch dimension left open.
+
+    Args:
+        model: the trained module; it is left as it was.
+        example_inputs: one tensor or a tuple, batch first; the batch size does not matter.
+
+    Raises:
+        TraceError: torch.export refuses the network, the inputs do not fit it, or a weight is NaN or infinite. The
+            message names the line of the model's code where it is known, and what to change.
+
+    Example:
+        >>> import torch
+        >>> trace(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8)).macs()
+        7776
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TraceError(f"The weight '{name}' holds NaN or infinite values: load a sound checkpoint.")
+    model = copy.deepcopy(model).cpu().eval()
+    inputs = tuple(x.detach().cpu() for x in inputs)
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(x.shape)) for x in inputs)
+        raise TraceError(
+            f"The network does not run on the example inputs of shape {shapes}: {_first_line(error)}{_user_line(error)}. "
+            "Give example_inputs as the network takes them, batch first."
+        ) from error
+    return Network(_export(model, inputs).module(check_guards=False), inputs)
+
+
+def retrace(network: Network) -> Network:
+    """The same network exported again: shapes and constants in its graph's metadata become those of the present weights."""
+    fresh = network.copy().to("cpu").eval()
+    return Network(_export(fresh.module, fresh.example_inputs).module(check_guards=False), fresh.example_inputs, fresh.history)
+
+
+def export_program(network: Network) -> torch.export.ExportedProgram:
+    """The network as an ``ExportedProgram`` in evaluation mode on the CPU, for exporters; its batch is dynamic."""
+    fresh = network.copy().to("cpu").eval()
+    return _export(fresh.module, fresh.example_inputs)
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    examples = _batch(inputs, EXPORT_BATCH)
+    # an exported *args module takes its shapes as one tuple; by-name matching is not needed, order is
+    shapes: Any = tuple({0: batch} for _ in examples)
+    first: Exception | None = None
+    for strict in (False, True):
+        try:
+            with _quiet():
+                return torch.export.export(module, examples, dynamic_shapes=shapes, strict=strict)
+        except Exception as error:
+            if first is not None:
+                line = _user_line(error) or _user_line(first)
+                raise TraceError(f"torch.export cannot capture the network{line}: {_advice(first, error)}") from error
+            first = error
+    raise AssertionError("unreachable")
+
+
+def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
+    """Inputs repeated along dim 0 to a batch of ``size``."""
+    return tuple(x.repeat(-(-size // x.shape[0]), *([1] * (x.dim() - 1)))[:size].contiguous() for x in inputs)
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return (module.get_submodule(path) if path else module), leaf
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's own log lines off the terminal: what went wrong is said once, by us."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _user_line(error: BaseException) -> str:
+    """' at model.py, line 12 (`if x.sum() > 0:`)': the last line of the user's code that the error names."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    found = [
+        (file, int(line), code.strip())
+        for file, line, code in re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s+(.*)', text)
+        if not re.search(r"site-packages|dist-packages|<frozen|/lib/python3", file) and os.path.dirname(file) != os.path.dirname(__file__)
+        and file != "<string>" and not file.startswith("<eval_with_key>")
+    ]
+    return f" at {found[-1][0]}, line {found[-1][1]} (`{found[-1][2]}`)" if found else ""
+
+
+def _advice(first: Exception, second: Exception) -> str:
+    text = f"{first}\n{second}"
+    if "data-dependent" in text.lower():
+        return "the code branches on a tensor's values; use torch.where or torch.cond, or move the branch out of forward()."
+    if "specialized it to be a constant" in text:
+        return "the code fixes the batch size; take it from the input (x.shape[0], or -1 in view and reshape)."
+    return f"{_first_line(first)}."
+
+
+def _refuse_pickles(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if re.search(r"data/(weights|constants)/.*config\.json$", name):
+                config = json.loads(archive.read(name) or b"{}")
+                if '"use_pickle": true' in json.dumps(config) or '"payload_type": 2' in json.dumps(config):
+                    raise FileError(f"{path} asks for a pickle, which could run code: it was not made by edgepress.")
+            elif "/sample_inputs/" in name and archive.getinfo(name).file_size:
+                raise FileError(f"{path} holds pickled sample inputs: it was not made by edgepress.")
+            elif not re.search(r"/(data/|models/|archive_format|archive_version|\.data/|byteorder|extra/)", name):
+                raise FileError(f"{path} holds the unknown entry '{name}': it was not made by edgepress.")

@@ -1,0 +1,1 @@
+"""Structured pruning: labels on every axis position, criteria, selection, rewriting."""

@@ -1,0 +1,1 @@
+"""Reference tasks: one network family, its data and its metric per file."""

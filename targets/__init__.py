@@ -1,0 +1,1 @@
+"""Networks into files into measurements: exporters, runtimes, verification, devices."""
