@@ -2,7 +2,8 @@
 
 ``torch.export`` bakes the mode into the operators' arguments. Graphs are exported in evaluation mode and switched here,
 operator by operator: the dropout family, batch normalisation, recurrent layers and attention carry the flag, and
-`torch.nn.Module.train` refuses to act on an exported module.
+`torch.nn.Module.train` refuses to act on an exported module. What evaluation mode leaves out of the graph cannot come back:
+attention modules export a dropout probability of 0.
 """
 
 from __future__ import annotations
@@ -48,12 +49,15 @@ def set_mode(graph: fx.GraphModule, training: bool) -> None:
             _attention_dropout(node, training)
             continue
         index = _FLAG.get(node.target)
-        if index is None or len(node.args) <= index:
+        if index is None:
             continue
         if node.target in (aten.batch_norm.default, aten.instance_norm.default) and node.args[_RUNNING_MEAN] is None:
             continue
         # instance_norm's flag is use_input_stats: with running statistics it follows the mode like batch_norm's
-        node.update_arg(index, training)
+        if len(node.args) > index:
+            node.update_arg(index, training)
+        else:  # left at its default
+            node.update_kwarg(node.target._schema.arguments[index].name, training)
     graph.training = training
     graph.recompile()
 

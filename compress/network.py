@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import traceback
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,7 @@ class Network:
     # ---- running
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Run the graph: tensors in, what the original module returns out."""
         return self.module(*inputs)
 
     def predict(self, *inputs: np.ndarray) -> Any:
@@ -137,7 +139,10 @@ class Network:
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
-        return Network(copy.deepcopy(self.module, memo), self.example_inputs, copy.deepcopy(self.history, memo))
+        with warnings.catch_warnings():  # torch's own tree specification warns about itself when it is copied
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+            module = copy.deepcopy(self.module, memo)
+        return Network(module, self.example_inputs, copy.deepcopy(self.history, memo))
 
     def then(self, **entry: Any) -> Network:
         """The same network with one more line of history."""
@@ -163,6 +168,15 @@ class Network:
         with counter, torch.no_grad():
             self.module(*one)
         return counter.get_total_flops() // 2
+
+    def node_macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one example by graph node; nodes without any are left out."""
+        device = self.device
+        one = [x[:1].to(device) for x in _batch(self.example_inputs, 2)]
+        counted = _CountingInterpreter(self.module)
+        with torch.no_grad():
+            counted.run(*one)
+        return counted.macs
 
     # ---- on disk
 
@@ -193,7 +207,10 @@ class Network:
                 folder.mkdir()
                 torch.export.save(program, folder / "program.pt2")
                 shared = {k: weights[k].clone().contiguous() for k in weights}
-                save_file({**shared, **{f"example.{i}": x.contiguous() for i, x in enumerate(self.example_inputs)}}, folder / "weights.safetensors")
+                save_file(
+                    {**shared, **{f"example.{i}": x.contiguous() for i, x in enumerate(self.example_inputs)}},
+                    folder / "weights.safetensors",
+                )
                 (folder / "network.json").write_text(json.dumps(described, indent=1, default=str) + "\n")
                 old = Path(scratch) / "old"
                 if path.exists():
@@ -226,15 +243,34 @@ class Network:
         except Exception as error:
             raise FileError(f"{path} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}).") from error
         inputs = tuple(weights.pop(f"example.{i}") for i in range(len(described["inputs"])))
-        module = program.module(check_guards=False)
+        module = _module(program)
         ties: dict[int, Any] = {}
-        for name, old in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        for name, old in [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]:
             owner, leaf = _owner(module, name)
             if id(old) not in ties:
                 value = weights[name]
                 ties[id(old)] = nn.Parameter(value, value.is_floating_point()) if name in described["parameters"] else value
             setattr(owner, leaf, ties[id(old)])
         return cls(module, inputs, tuple(described["history"]))
+
+
+class _CountingInterpreter(fx.Interpreter):
+    """Runs a graph node by node under torch's counter."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.macs: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and note what it multiplied."""
+        with FlopCounterMode(display=False) as counter:
+            result = super().run_node(n)
+        if counter.get_total_flops():
+            self.macs[n.name] = counter.get_total_flops() // 2
+        return result
 
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Network:
@@ -268,13 +304,13 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Netw
             f"The network does not run on the example inputs of shape {shapes}: {_first_line(error)}{_user_line(error)}. "
             "Give example_inputs as the network takes them, batch first."
         ) from error
-    return Network(_export(model, inputs).module(check_guards=False), inputs)
+    return Network(_module(_export(model, inputs)), inputs)
 
 
 def retrace(network: Network) -> Network:
     """The same network exported again: shapes and constants in its graph's metadata become those of the present weights."""
     fresh = network.copy().to("cpu").eval()
-    return Network(_export(fresh.module, fresh.example_inputs).module(check_guards=False), fresh.example_inputs, fresh.history)
+    return Network(_module(_export(fresh.module, fresh.example_inputs)), fresh.example_inputs, fresh.history)
 
 
 def export_program(network: Network) -> torch.export.ExportedProgram:
@@ -299,6 +335,14 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
                 raise TraceError(f"torch.export cannot capture the network{line}: {_advice(first, error)}") from error
             first = error
     raise AssertionError("unreachable")
+
+
+def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a graph module that knows it is in evaluation mode, as it was exported."""
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    module.training = False
+    return module
 
 
 def _batch(inputs: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
@@ -337,8 +381,10 @@ def _user_line(error: BaseException) -> str:
     found = [
         (file, int(line), code.strip())
         for file, line, code in re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s+(.*)', text)
-        if not re.search(r"site-packages|dist-packages|<frozen|/lib/python3", file) and os.path.dirname(file) != os.path.dirname(__file__)
-        and file != "<string>" and not file.startswith("<eval_with_key>")
+        if not re.search(r"site-packages|dist-packages|<frozen|/lib/python3", file)
+        and os.path.dirname(file) != os.path.dirname(__file__)
+        and file != "<string>"
+        and not file.startswith("<eval_with_key>")
     ]
     return f" at {found[-1][0]}, line {found[-1][1]} (`{found[-1][2]}`)" if found else ""
 
@@ -347,7 +393,7 @@ def _advice(first: Exception, second: Exception) -> str:
     text = f"{first}\n{second}"
     if "data-dependent" in text.lower():
         return "the code branches on a tensor's values; use torch.where or torch.cond, or move the branch out of forward()."
-    if "specialized it to be a constant" in text:
+    if "specialized it to be a constant" in text or "Constraints violated" in text:
         return "the code fixes the batch size; take it from the input (x.shape[0], or -1 in view and reshape)."
     return f"{_first_line(first)}."
 

@@ -12,11 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import TaskError
 
-__all__ = ["Batches", "Evaluate", "Loss", "Predict", "Task", "input_batches", "metrics", "score", "training_batches"]
+__all__ = [
+    "Batches",
+    "Evaluate",
+    "Loss",
+    "Predict",
+    "Task",
+    "input_batches",
+    "labelled_loss",
+    "metrics",
+    "score",
+    "training_batches",
+]
 
 Predict = Callable[..., Any]
 """Input arrays, batch first, to one output array or a tuple of them: numpy in, numpy out, the network's own layout."""
@@ -123,6 +135,17 @@ def training_batches(task: Task, epoch: int) -> Iterator[tuple[tuple[Tensor, ...
             yield inputs, None
     else:
         raise TaskError("The task has neither train_batches nor calibration_batches: give it one of them to train on.")
+
+
+def labelled_loss(task: Task, outputs: Any, targets: Any) -> Tensor:
+    """The task's own loss in float32; cross-entropy over dim 1 where it names none."""
+    if task.loss is not None:
+        return task.loss(outputs, targets)
+    if not isinstance(outputs, Tensor):
+        raise TaskError(
+            f"The network returns a {type(outputs).__name__}, not one tensor: give the task a loss(outputs, targets)."
+        )
+    return F.cross_entropy(outputs.float(), targets)
 
 
 def input_batches(source: Batches | None, field: str = "calibration_batches") -> Iterator[tuple[Tensor, ...]]:

@@ -1,3 +1,101 @@
-"""edgepress: a trained PyTorch network into the smallest, fastest file that still does the job."""
+"""edgepress: a trained PyTorch network into the smallest, fastest file that still does the job.
+
+>>> import edgepress as ep
+>>> ep.Distill(epochs=3).epochs
+3
+
+Names are imported when they are first used, so that importing the package is quick and loads no runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edgepress.compress.distill import Distill as Distill
+    from edgepress.compress.errors import DeviceError as DeviceError
+    from edgepress.compress.errors import EdgepressError as EdgepressError
+    from edgepress.compress.errors import FileError as FileError
+    from edgepress.compress.errors import RecipeError as RecipeError
+    from edgepress.compress.errors import TaskError as TaskError
+    from edgepress.compress.errors import TraceError as TraceError
+    from edgepress.compress.errors import UserError as UserError
+    from edgepress.compress.network import Network as Network
+    from edgepress.compress.network import trace as trace
+    from edgepress.compress.pruning import Magnitude as Magnitude
+    from edgepress.compress.pruning import Prune as Prune
+    from edgepress.compress.pruning import Random as Random
+    from edgepress.compress.pruning import Taylor as Taylor
+    from edgepress.compress.pruning import inspect as inspect
+    from edgepress.compress.shorten import Shorten as Shorten
+    from edgepress.compress.task import Task as Task
+    from edgepress.targets.artifact import Artifact as Artifact
+    from edgepress.targets.artifact import read_artifact as read_artifact
+    from edgepress.targets.export import export as export
+    from edgepress.targets.measure import Measurement as Measurement
+    from edgepress.targets.measure import Plan as Plan
+    from edgepress.targets.measure import measure as measure
+    from edgepress.targets.measure import ratio as ratio
+    from edgepress.targets.runtimes import open_runtime as open_runtime
+    from edgepress.targets.verify import Parity as Parity
+    from edgepress.targets.verify import verify as verify
+
+    from .press import press as press
+    from .recipe import Recipe as Recipe
+    from .recipe import default_recipe as default_recipe
+    from .recipe import read_recipe as read_recipe
+    from .report import Report as Report
+    from .tasks import load_task as load_task
+
+_NAMES = {
+    "Distill": "compress.distill",
+    "DeviceError": "compress.errors",
+    "EdgepressError": "compress.errors",
+    "FileError": "compress.errors",
+    "RecipeError": "compress.errors",
+    "TaskError": "compress.errors",
+    "TraceError": "compress.errors",
+    "UserError": "compress.errors",
+    "Network": "compress.network",
+    "trace": "compress.network",
+    "Magnitude": "compress.pruning",
+    "Prune": "compress.pruning",
+    "Random": "compress.pruning",
+    "Taylor": "compress.pruning",
+    "inspect": "compress.pruning",
+    "Shorten": "compress.shorten",
+    "Task": "compress.task",
+    "Artifact": "targets.artifact",
+    "read_artifact": "targets.artifact",
+    "export": "targets.export",
+    "Measurement": "targets.measure",
+    "Plan": "targets.measure",
+    "measure": "targets.measure",
+    "ratio": "targets.measure",
+    "open_runtime": "targets.runtimes",
+    "Parity": "targets.verify",
+    "verify": "targets.verify",
+    "press": "press",
+    "Recipe": "recipe",
+    "default_recipe": "recipe",
+    "read_recipe": "recipe",
+    "Report": "report",
+    "load_task": "tasks",
+}
+
+__all__ = [*_NAMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'edgepress' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"edgepress.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,181 @@
+"""Rules of operators that treat every position alike, and of reductions over whole axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .call import Call, hint, shape_of
+from .labels import Axes, axis
+from .table import Table, Unsupported, Value
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+
+__all__ = ["TABLE", "elementwise"]
+
+TABLE = Table()
+
+
+# Operators that PyTorch does not tag as pointwise; those it does come here by themselves (see `rules.rule_of`).
+@TABLE.rule(
+    "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "clone", "alias", "detach", "to",
+    "_to_copy", "lift_fresh_copy", "copy", "masked_fill", "where", "zeros_like", "ones_like", "full_like", "empty_like",
+    "rand_like", "randn_like", "bernoulli", "addcmul", "addcdiv", "fill", "zero", "hardtanh", "relu6", "hardswish",
+    "hardsigmoid", "leaky_relu", "selu", "rrelu", "logical_not", "softplus", "float",
+)  # fmt: skip
+def elementwise(a: Analysis, c: Call) -> Value:
+    """Joins all operands position by position, broadcasting."""
+    operands = [a.values.get(n) for n in c.node.all_input_nodes]
+    return a.labels.broadcast([v for v in operands if isinstance(v, tuple)])
+
+
+@TABLE.rule("type_as")
+def _type_as(a: Analysis, c: Call) -> Value:
+    return a.axes(c["self"])
+
+
+@TABLE.rule("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+def _nothing(a: Analysis, c: Call) -> Value:
+    return None
+
+
+@TABLE.rule("sym_size")
+def _sym_size(a: Analysis, c: Call) -> Value:
+    # A size that is read at run time shrinks by itself; what is computed from it would then be rewritten twice.
+    a.labels.freeze_axis(a.axes(c["self"])[c["dim"]], "its size is read at run time")
+    return None
+
+
+@TABLE.rule("prelu")
+def _prelu(a: Analysis, c: Call) -> Value:
+    x, weight = a.axes(c["self"]), a.axes(c["weight"])
+    if not weight or not weight[0]:
+        return x
+    return (x[0], a.labels.unify(x[1], weight[0]), *x[2:])
+
+
+# ---- reductions
+
+
+def _reduced(c: Call, x: Axes, dims: list[int]) -> Axes:
+    if len(c.shape) == len(x):
+        return tuple(() if d in dims else ax for d, ax in enumerate(x))
+    return tuple(ax for d, ax in enumerate(x) if d not in dims)
+
+
+@TABLE.rule("mean", "amax", "amin", "var", "std", "linalg_vector_norm", "norm")
+def _statistic(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    dims = c.dims(len(x))
+    a.mixes(c, *[x[d] for d in dims])
+    return _reduced(c, x, dims)
+
+
+@TABLE.rule("sum")
+def _sum(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    dims = c.dims(len(x))
+    for d in dims:
+        if a.labels.alive(x[d]):
+            a.contracts(c, c["self"], d)
+    return _reduced(c, x, dims)
+
+
+@TABLE.rule("prod", "any", "all", "logsumexp")
+def _frozen_reduction(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    dims = c.dims(len(x))
+    a.labels.freeze_axes([x[d] for d in dims], "reduced over")
+    return _reduced(c, x, dims)
+
+
+@TABLE.rule("softmax", "log_softmax", "_softmax", "_log_softmax")
+def _softmax(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    a.mixes(c, x[c["dim"]])
+    return x
+
+
+# ---- along one axis, which is frozen
+
+
+def _along(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    if c.get("dim") is None:
+        raise Unsupported("runs over the flattened tensor")
+    d = c["dim"] % len(x)
+    a.labels.freeze_axis(x[d], "its order or its index matters")
+
+    def one(t: Tensor) -> Axes:
+        if len(t.shape) == len(x):
+            return tuple(axis(hint(t.shape[d])) if i == d else ax for i, ax in enumerate(x))
+        return tuple(ax for i, ax in enumerate(x) if i != d)
+
+    return [one(t) for t in c.value] if isinstance(c.value, tuple | list) else one(c.value)
+
+
+for _name in ("cumsum", "cumprod", "argmax", "argmin", "sort", "argsort", "median", "topk", "diff"):
+    TABLE.rule(_name)(_along)
+
+
+@TABLE.rule("max", "min")
+def _extreme(a: Analysis, c: Call) -> Value:
+    if "other" in c:
+        return elementwise.relate(a, c)
+    if "dim" in c:
+        return _along(a, c)
+    return _frozen_reduction.relate(a, c)
+
+
+# ---- spatial operators: the last axes are mixed and fixed, the others pass
+
+
+def _spatial(rank: int) -> Callable[[Analysis, Call], Value]:
+    def relate(a: Analysis, c: Call) -> Value:
+        x = a.axes(c.node.args[0])
+        a.labels.freeze_axes(x[-rank:], "spatial")
+
+        def one(t: Tensor) -> Axes:
+            return (*x[:-rank], *[axis(n) for n in shape_of(t)[-rank:]])
+
+        return [one(t) for t in c.value] if isinstance(c.value, tuple | list) else one(c.value)
+
+    return relate
+
+
+for _rank in (1, 2, 3):
+    for _kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "reflection_pad", "replication_pad"):
+        TABLE.rule(f"{_kind}{_rank}d")(_spatial(_rank))
+    for _kind in ("_adaptive_avg_pool", "upsample_nearest", "_upsample_nearest_exact"):
+        TABLE.rule(f"{_kind}{_rank}d")(_spatial(_rank))
+    TABLE.rule(f"max_pool{_rank}d_with_indices")(_spatial(_rank))
+TABLE.rule("upsample_linear1d")(_spatial(1))
+TABLE.rule("upsample_trilinear3d")(_spatial(3))
+for _name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"):
+    TABLE.rule(_name)(_spatial(2))
+
+
+@TABLE.rule("tril", "triu")
+def _triangle(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    a.labels.freeze_axes(x[-2:], "a triangle is cut out")
+    return x
+
+
+@TABLE.rule("flip")
+def _flip(a: Analysis, c: Call) -> Value:
+    x = list(a.axes(c["self"]))
+    for d in c.dims(len(x), "dims"):
+        labels = a.labels.flat(x[d])
+        x[d] = x[d] if labels is None else axis(len(labels), labels[::-1].copy())
+    return tuple(x)
+
+
+@TABLE.rule("roll")
+def _roll(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    a.labels.freeze_axes([x[d] for d in c.dims(len(x), "dims")], "rolled")
+    return x

@@ -1,0 +1,227 @@
+"""Shorten: whole residual branches go, those whose absence the network notices least.
+
+On small devices a dropped block buys more time than the same multiplications taken from channels: nothing of it is left to
+start, load or store. Residual networks bear it: each block refines what the shortcut already carries (Veit, Wilber,
+Belongie 2016, "Residual networks behave like ensembles of relatively shallow networks").
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .distill import output_distance
+from .errors import RecipeError
+from .network import Network, retrace
+from .passes import describe
+from .progress import bar
+from .task import Task, input_batches, training_batches
+
+__all__ = ["Branch", "Shorten", "branches", "without"]
+
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One operand of an addition that can be left out.
+
+    Attributes:
+        addition: name of the graph node that adds.
+        operand: which of its two operands goes, 0 or 1.
+        module: the innermost module of the user's that holds the whole branch, or the node's name.
+        nodes: names of the graph nodes that compute nothing else.
+        parameters: names of the weights that go with them.
+    """
+
+    addition: str
+    operand: int
+    module: str
+    nodes: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shorten:
+    """Remove residual branches, one at a time, until ``macs`` is reached.
+
+    Each remaining branch is left out in turn and the change of the outputs is measured; the one that costs least per
+    multiply-accumulate saved goes. No labels are needed.
+
+    Args:
+        macs: multiply-accumulates to keep, as a fraction of what came in.
+        examples: how many inputs the change is measured on.
+    """
+
+    macs: float = 0.6
+    examples: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.macs < 1 or self.examples < 1:
+            raise RecipeError(
+                f"Shorten needs macs between 0 and 1 and at least one example, not {self.macs} and {self.examples}."
+            )
+
+    def __call__(self, network: Network, task: Task) -> Network:
+        """Return the shorter network; where no branch can go, the same one with a line of history that says so."""
+        inputs = _examples(task, self.examples)
+        shorter, full = network.copy().eval(), network.macs()
+        budget, gone = self.macs * full, []
+        with torch.inference_mode():
+            wanted = _outputs(shorter, inputs)
+        with bar("Shorten") as update:
+            while shorter.macs() > budget:
+                best = _cheapest(shorter, inputs, wanted)
+                if best is None:
+                    break
+                branch, change = best
+                shorter = without(shorter, branch)
+                gone.append({"branch": branch.module, "change": round(change, 5)})
+                update(min(1.0, (full - shorter.macs()) / (full - budget)), f"{len(gone)} branches gone, last {branch.module}")
+        entry = {"pass": "Shorten", **describe(self), "removed": gone, "macs_before": full, "macs_after": shorter.macs()}
+        return Network(shorter.module, network.example_inputs, (*network.history, entry))
+
+
+def branches(network: Network) -> list[Branch]:
+    """The residual branches that can be left out: operands of an addition as large as its result, with weights of their own.
+
+    Example:
+        >>> import torch
+        >>> from edgepress.compress.network import trace
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.f = torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return x + self.f(x)
+        >>> [b.parameters for b in branches(trace(Block(), torch.zeros(1, 4)))]
+        [('f.weight', 'f.bias')]
+    """
+    found = []
+    for node in network.module.graph.nodes:
+        if node.op != "call_function" or node.target not in _ADDITIONS:
+            continue
+        for index in (0, 1):
+            branch = _branch(node, index)
+            if branch is not None:
+                found.append(branch)
+    return found
+
+
+def without(network: Network, branch: Branch) -> Network:
+    """A new network in which the addition passes its other operand through."""
+    shorter = network.copy()
+    graph = shorter.module.graph
+    node = next(n for n in graph.nodes if n.name == branch.addition)
+    node.replace_all_uses_with(node.args[1 - branch.operand])
+    graph.erase_node(node)
+    _sweep(graph)
+    for name in branch.parameters:
+        path, _, leaf = name.rpartition(".")
+        delattr(shorter.module.get_submodule(path), leaf)
+    shorter.module.recompile()
+    return retrace(shorter)
+
+
+def _branch(addition: fx.Node, index: int) -> Branch | None:
+    operand, other = addition.args[index], addition.args[1 - index]
+    if not (isinstance(operand, fx.Node) and isinstance(other, fx.Node)) or addition.kwargs.get("alpha", 1) != 1:
+        return None
+    if operand is other or _shape(other) != _shape(addition) or _shape(operand) != _shape(addition):
+        return None
+    alone = _exclusive(operand, addition)
+    parameters = tuple(str(n.target) for n in alone if n.op == "get_attr")
+    if not parameters or other in alone:
+        return None
+    return Branch(addition.name, index, _module(alone), tuple(n.name for n in alone), parameters)
+
+
+def _exclusive(operand: fx.Node, addition: fx.Node) -> list[fx.Node]:
+    """The nodes that would compute nothing any more if ``addition`` did not read ``operand``, in graph order."""
+    dead: set[fx.Node] = set()
+    for node in reversed(addition.graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        users = set(node.users)
+        if (node is operand and users == {addition}) or (users and users <= dead):
+            dead.add(node)
+    return [n for n in addition.graph.nodes if n in dead]
+
+
+def _sweep(graph: fx.Graph) -> None:
+    """Erase what nothing reads, additions in place included: torch's own elimination keeps whatever might be impure."""
+    for node in reversed(graph.nodes):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return tuple(str(s) for s in value.shape) if isinstance(value, Tensor) else None
+
+
+def _module(nodes: list[fx.Node]) -> str:
+    paths = [list(n.meta["nn_module_stack"].values())[-1][0].split(".") for n in nodes if n.meta.get("nn_module_stack")]
+    common = paths[0] if paths else []
+    for path in paths[1:]:
+        common = [a for a, b in zip(common, path, strict=False) if a == b]
+    return ".".join(common) or nodes[-1].name
+
+
+def _cheapest(network: Network, inputs: list[tuple[Tensor, ...]], wanted: list[Any]) -> tuple[Branch, float] | None:
+    """The branch with the least change of the outputs per multiply-accumulate that goes with it."""
+    macs = network.node_macs()
+    scored = []
+    for branch in branches(network):
+        saved = sum(macs.get(name, 0) for name in branch.nodes)
+        if saved:
+            with _left_out(network, branch), torch.inference_mode():
+                pairs = zip(_outputs(network, inputs), wanted, strict=True)
+                change = sum(float(output_distance(a, b)) for a, b in pairs) / len(wanted)
+            scored.append((change / saved, change, branch))
+    if not scored:
+        return None
+    _, change, branch = min(scored, key=lambda item: item[0])
+    return branch, change
+
+
+@contextlib.contextmanager
+def _left_out(network: Network, branch: Branch) -> Iterator[None]:
+    """Inside, the addition's readers read its other operand; much cheaper than `without`, which exports again."""
+    node = next(n for n in network.module.graph.nodes if n.name == branch.addition)
+    other = node.args[1 - branch.operand]
+    before = {user: (user.args, user.kwargs) for user in node.users}
+    node.replace_all_uses_with(other)
+    network.module.recompile()
+    try:
+        yield
+    finally:
+        for user, (args, kwargs) in before.items():
+            user.args, user.kwargs = args, kwargs
+        network.module.recompile()
+
+
+def _outputs(network: Network, inputs: list[tuple[Tensor, ...]]) -> list[Any]:
+    device = network.device
+    return [network(*(x.to(device) for x in batch)) for batch in inputs]
+
+
+def _examples(task: Task, count: int) -> list[tuple[Tensor, ...]]:
+    """About ``count`` inputs: calibration batches where there are some, training batches otherwise."""
+    source = (
+        input_batches(task.calibration_batches)
+        if task.calibration_batches is not None
+        else (inputs for inputs, _ in training_batches(task, 0))
+    )
+    found, seen = [], 0
+    for batch in source:
+        found.append(tuple(x[: count - seen] for x in batch))
+        seen += len(found[-1][0])
+        if seen >= count:
+            break
+    return found

@@ -1,0 +1,325 @@
+"""The whole loop: passes, export, verification, the task's own metric, measurement, verdict, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgepress.compress.distill import Distill
+from edgepress.compress.errors import EdgepressError, FileError, RecipeError
+from edgepress.compress.network import Network, trace
+from edgepress.compress.passes import Pass, describe
+from edgepress.compress.task import Predict, Task, metrics
+from edgepress.targets.artifact import Artifact
+from edgepress.targets.export import export
+from edgepress.targets.local import environment
+from edgepress.targets.measure import Measurement, find_device, measure, ratio
+from edgepress.targets.runtimes import open_runtime
+from edgepress.targets.verify import Parity, verify
+
+from .recipe import Recipe, default_recipe
+from .report import FileResult, Layer, Report, write
+from .tasks import load_task
+
+__all__ = ["press"]
+
+
+def press(
+    task: Task | str,
+    *,
+    device: str = "local",
+    max_drop: float = 1.0,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    threads: int = 1,
+) -> Report:
+    """Compress a task's network and deliver measured files.
+
+    Runs the recipe, exports the original and the result in every format and precision that the recipe names, runs every
+    file, judges it by the task's metric, measures all in one interleaved run, and writes the files, ``recipe.yaml``,
+    ``report.json`` and ``report.html`` into ``out``. Interrupted, the same call goes on after the last finished pass.
+
+    Args:
+        task: the task, or its name as on the command line.
+        device: where the files are measured.
+        max_drop: how many points of the task's metric a file may lose, in the metric's own unit.
+        out: the folder; ``runs/<name of the task>`` where None.
+        recipe: what to do; `default_recipe` where None.
+        threads: of the runtimes, while measuring.
+
+    Returns:
+        The report; ``report.accepted`` says whether a file met the budget and is not slower than the original.
+
+    Raises:
+        UserError: a mistake of the caller's: the task, the recipe, the device or the folder.
+    """
+    task = load_task(task) if isinstance(task, str) else task
+    recipe = recipe or default_recipe()
+    find_device(device)
+    folder = _writable(Path(out) if out is not None else Path("runs") / task.name)
+    clock = _Clock()
+    with clock.stage("trace"):
+        original = trace(task.model, task.inputs)
+    with clock.stage("judge the original"):
+        judge = _Judge.of(task, original.predict, max_drop)
+    (folder / "recipe.yaml").write_text(recipe.yaml())
+    with clock.stage("passes"):
+        pressed = _run_passes(original, task, recipe.passes, folder / "passes")
+    warnings: list[str] = []
+    with clock.stage("export"):
+        candidates = _export_all({"original": original, "pressed": pressed}, task, recipe, folder, warnings)
+    with clock.stage("judge the files"):
+        judged = [found for candidate in candidates if (found := _run_file(candidate, task, judge, warnings)) is not None]
+    if not any(f.baseline for f in judged):
+        raise FileError("None of the original's fp32 files works, so there is nothing to compare with: " + " ".join(warnings))
+    with clock.stage("measure"):
+        _say("Measuring {} files in turns.", len(judged))
+        measured = measure([f.artifact for f in judged], device=device, threads=threads)
+    warnings += [m.noise for m in measured if m.noise][:1]
+    report = _report(task, judge, original, pressed, judged, measured, warnings, clock)
+    write(report, folder)
+    return report
+
+
+# ---- stages
+
+
+def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Path) -> Network:
+    """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
+    key = hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in network.tensors()))
+    for number, item in enumerate(passes):
+        name = type(item).__name__
+        key.update(json.dumps([name, describe(item)]).encode())
+        saved = folder / f"{number:02d}-{name.lower()}-{key.hexdigest()[:10]}"
+        if saved.is_dir():
+            _say("{} was finished before: going on from {}.", name, saved)
+            network = Network.load(saved)
+            continue
+        if isinstance(item, Distill):
+            item = replace(item, checkpoint=saved.with_suffix(".checkpoint"))
+        started = time.monotonic()
+        before = {k: v.shape for k, v in network.state_dict().items()}
+        try:
+            result = item(network, task)
+        except EdgepressError as error:
+            done = ", ".join(type(p).__name__ for p in passes[:number]) or "nothing"
+            raise type(error)(f"{name} (pass {number + 1} of {len(passes)}, after {done}): {error}") from error
+        if before != {k: v.shape for k, v in network.state_dict().items()}:
+            raise RecipeError(f"The pass {name} changed the network it was given; a pass returns a new one.")
+        result.save(saved)
+        _say(
+            "{}: {:.0f} s, {:.1f} million MACs, {:,} parameters.",
+            name,
+            time.monotonic() - started,
+            result.macs() / 1e6,
+            result.parameter_count,
+        )
+        network = result
+    return network
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    network: Network
+    artifact: Artifact
+    baseline: bool
+
+
+def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder: Path, warnings: list[str]) -> list[_Candidate]:
+    """The originals in fp32 first: they are the baseline whatever the recipe asks for."""
+    if not recipe.passes:
+        networks = {"original": networks["original"]}
+    found = []
+    for stem, network in networks.items():
+        for precision in ("fp32", "int8"):
+            baseline = stem == "original" and precision == "fp32"
+            if precision not in recipe.precisions and not baseline:
+                continue
+            for suffix in recipe.formats:
+                path = folder / f"{stem}-{precision}.{suffix}"
+                _say("Writing {}.", path)
+                try:
+                    artifact = export(network, path, precision, task.calibration_batches)
+                except (FileError, RecipeError) as error:
+                    path.unlink(missing_ok=True)
+                    warnings.append(f"{path.name} was not delivered: {error}")
+                    continue
+                found.append(_Candidate(network, artifact, baseline))
+    return found
+
+
+@dataclass(frozen=True)
+class _Judged:
+    artifact: Artifact
+    baseline: bool
+    parity: Parity
+    metrics: dict[str, float]
+    drop: float
+    deciding_drop: float
+
+
+def _run_file(candidate: _Candidate, task: Task, judge: _Judge, warnings: list[str]) -> _Judged | None:
+    """Run one file and judge it; one that does not work is taken away and said so."""
+    artifact = candidate.artifact
+    parity = verify(artifact, candidate.network)
+    if not parity.ok:
+        artifact.path.unlink(missing_ok=True)
+        warnings.append(f"{artifact.path.name} was not delivered: {parity.reason}")
+        return None
+    _say("Running {} on the task's data.", artifact.path.name)
+    runtime = open_runtime(artifact, threads=2)
+    try:
+        values, drop, deciding = judge.file(runtime.predict)
+    finally:
+        runtime.close()
+    return _Judged(artifact, candidate.baseline, parity, values, drop, deciding)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The task's metric of the original, and how a file compares."""
+
+    task: Task
+    reference: dict[str, float]
+    deciding_reference: float
+    max_drop: float
+
+    @classmethod
+    def of(cls, task: Task, predict: Predict, max_drop: float) -> _Judge:
+        reference = metrics(task, predict)
+        value = reference[task.metric]
+        if max_drop < 0:
+            raise RecipeError(f"max_drop is {max_drop}; it is a number of points that may be lost, 0 or more.")
+        if abs(value) <= 1 <= max_drop:
+            raise RecipeError(
+                f"The task's {task.metric} is {value:.4g}, so a drop of {max_drop:g} would accept anything: give max_drop in the "
+                "metric's own unit (0.01 for one percent), or let evaluate return percent."
+            )
+        deciding = metrics(task, predict, validation=True)[task.metric] if task.validate is not None else value
+        return cls(task, reference, deciding, max_drop)
+
+    def file(self, predict: Predict) -> tuple[dict[str, float], float, float]:
+        """Metrics by ``evaluate``, the drop of the deciding metric by ``evaluate``, and by ``validate`` where there is one."""
+        values = metrics(self.task, predict)
+        drop = self.task.drop(self.reference[self.task.metric], values[self.task.metric])
+        if self.task.validate is None:
+            return values, drop, drop
+        decided = metrics(self.task, predict, validation=True)[self.task.metric]
+        return values, drop, self.task.drop(self.deciding_reference, decided)
+
+    def verdict(self, found: _Judged, low: float, high: float) -> tuple[bool, str]:
+        """Whether the file is accepted, and the sentence that says why; ``low`` and ``high`` bound its speed-up."""
+        if found.baseline:
+            return False, "the original, for comparison"
+        over = found.deciding_drop - self.max_drop
+        reasons = []
+        where = " on the validation data" if self.task.validate is not None else ""
+        if over > 1e-9:
+            reasons.append(f"{self.task.metric} dropped {found.deciding_drop:.2f} points{where}, {over:.2f} over the budget")
+        if high < 1:
+            reasons.append(f"slower than the original ({high:.2f}x at best)")
+        if reasons:
+            return False, "rejected: " + "; ".join(reasons)
+        return True, "accepted" if low > 1 else "accepted, though not measurably faster than the original"
+
+
+# ---- the report
+
+
+def _report(
+    task: Task,
+    judge: _Judge,
+    original: Network,
+    pressed: Network,
+    judged: Sequence[_Judged],
+    measured: Sequence[Measurement],
+    warnings: Sequence[str],
+    clock: _Clock,
+) -> Report:
+    pairs = list(zip(judged, measured, strict=True))
+    base, base_time = min(((f, m) for f, m in pairs if f.baseline), key=lambda pair: pair[1].p50_ns)
+    files = []
+    for found, times in pairs:
+        speedup = ratio(base_time, times)
+        accepted, verdict = judge.verdict(found, speedup.low, speedup.high)
+        files.append(
+            FileResult(
+                artifact=found.artifact,
+                metrics=found.metrics,
+                drop=found.drop,
+                measurement=times,
+                speedup=speedup,
+                smaller=base.artifact.bytes / found.artifact.bytes,
+                parity=found.parity,
+                accepted=accepted,
+                verdict=verdict,
+            )
+        )
+    return Report(
+        task=task.name,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        max_drop=judge.max_drop,
+        original={"metrics": judge.reference, "parameters": original.parameter_count, "macs": original.macs()},
+        baseline=base.artifact.path.name,
+        files=tuple(files),
+        layers=_layers(original, pressed),
+        passes=pressed.history,
+        decided_on="evaluate" if task.validate is None else "validate",
+        environment=environment(),
+        warnings=tuple(warnings),
+        seconds=clock.seconds,
+        accepted=any(f.accepted for f in files),
+    )
+
+
+def _layers(before: Network, after: Network) -> tuple[Layer, ...]:
+    """Output channels of every convolution and linear layer, before and after; 0 where the layer is gone."""
+    left = after.state_dict()
+    found = []
+    for node in before.module.graph.nodes:
+        kind = str(getattr(node.target, "_schema", None) and node.target._schema.name.removeprefix("aten::"))
+        if node.op != "call_function" or not (kind.startswith("conv") or kind == "linear"):
+            continue
+        name = str(node.args[1].target)
+        axis = 1 if "transpose" in kind else 0
+        channels = before.state_dict()[name].shape[axis]
+        found.append(Layer(name.removesuffix(".weight"), kind, channels, left[name].shape[axis] if name in left else 0))
+    return tuple(dict.fromkeys(found))
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(time.monotonic() - started, 2)
+
+
+def _say(text: str, *values: Any) -> None:
+    print(text.format(*values), file=sys.stderr, flush=True)
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FileError(f"Cannot write into {folder}: {error.strerror or error}; choose another folder with --out.") from error
+    return folder

@@ -1,0 +1,178 @@
+"""Recipes: an ordered list of passes and what to export, in YAML.
+
+```yaml
+passes:
+  - shorten: {macs: 0.6}
+  - prune: {macs: 0.7, criterion: taylor}
+  - distill: {epochs: 10, lr: 0.05}
+export:
+  formats: [onnx, tflite]
+  precisions: [fp32, int8]
+```
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgepress.compress import pruning
+from edgepress.compress.distill import Distill
+from edgepress.compress.errors import FileError, RecipeError
+from edgepress.compress.passes import Pass, describe
+from edgepress.compress.shorten import Shorten
+
+__all__ = ["FORMATS", "PRECISIONS", "Recipe", "default_recipe", "read_recipe"]
+
+FORMATS = ("onnx", "tflite")
+PRECISIONS = ("fp32", "int8")
+_PASSES: dict[str, Any] = {"prune": pruning.Prune, "shorten": Shorten, "distill": Distill}
+_CRITERIA: dict[str, Any] = {"taylor": pruning.Taylor, "magnitude": pruning.Magnitude, "random": pruning.Random}
+_NOT_IN_FILES = {"teacher", "checkpoint", "precision"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `press` does to a network.
+
+    Args:
+        passes: run in this order; may be empty.
+        formats: of the files, among 'onnx' and 'tflite'.
+        precisions: of the files, among 'fp32' and 'int8'.
+
+    Example:
+        >>> from edgepress.compress.distill import Distill
+        >>> print(Recipe((Distill(epochs=2),), formats=("onnx",)).yaml().splitlines()[1])
+        - distill:
+    """
+
+    passes: tuple[Pass, ...] = ()
+    formats: tuple[str, ...] = FORMATS
+    precisions: tuple[str, ...] = PRECISIONS
+
+    def __post_init__(self) -> None:
+        for kind, chosen, known in (("format", self.formats, FORMATS), ("precision", self.precisions, PRECISIONS)):
+            if not chosen:
+                raise RecipeError(f"The recipe names no {kind}: take some of {', '.join(known)}.")
+            for item in chosen:
+                _known(item, known, kind)
+
+    def yaml(self) -> str:
+        """The recipe as `read_recipe` reads it."""
+        passes = []
+        for item in self.passes:
+            settings = {k: v for k, v in describe(item).items() if k not in _NOT_IN_FILES}
+            passes.append({type(item).__name__.lower(): settings})
+        export = {"formats": list(self.formats), "precisions": list(self.precisions)}
+        return yaml.safe_dump({"passes": passes, "export": export}, sort_keys=False)
+
+
+def default_recipe() -> Recipe:
+    """Prune to 60 % of the MACs in four rounds, recover for ten epochs, write everything.
+
+    Example:
+        >>> [type(p).__name__ for p in default_recipe().passes]
+        ['Prune', 'Distill']
+    """
+    return Recipe((pruning.Prune(macs=0.6), Distill(epochs=10.0)))
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        FileError: no such file, or not YAML.
+        RecipeError: an unknown key (the nearest known one is named), a wrong kind of value, or a value out of range.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"Cannot read the recipe {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+    try:
+        return _recipe(content)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _recipe(content: Any) -> Recipe:
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = {"passes": content}
+    if not isinstance(content, Mapping):
+        raise RecipeError("a recipe is a list of passes, or a mapping with the keys passes and export.")
+    for key in content:
+        _known(key, ("passes", "export"), "key")
+    export = content.get("export") or {}
+    if not isinstance(export, Mapping):
+        raise RecipeError("export is a mapping with the keys formats and precisions.")
+    for key in export:
+        _known(key, ("formats", "precisions"), "key")
+    passes = content.get("passes") or []
+    if not isinstance(passes, Sequence) or isinstance(passes, str):
+        raise RecipeError("passes is a list, one pass each.")
+    chosen = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in export.items()}
+    return Recipe(tuple(_pass(item) for item in passes), **chosen)
+
+
+def _pass(item: Any) -> Pass:
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        raise RecipeError(f"a pass is written as `name: {{settings}}`, not {item!r}.")
+    ((name, settings),) = item.items()
+    _known(name, tuple(_PASSES), "pass")
+    return typing.cast(Pass, _build(_PASSES[name], settings or {}, str(name)))
+
+
+def _build(kind: Any, settings: Any, name: str) -> Any:
+    """A dataclass from a mapping; every key and every kind of value is checked."""
+    if not isinstance(settings, Mapping):
+        raise RecipeError(f"the settings of {name} are a mapping, not {settings!r}.")
+    known = {f.name for f in fields(kind)} - _NOT_IN_FILES
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in settings.items():
+        _known(key, tuple(sorted(known)), f"setting of {name}")
+        values[key] = _criterion(value) if key == "criterion" else _typed(value, hints[key], f"{name}.{key}")
+    return kind(**values)
+
+
+def _criterion(value: Any) -> Any:
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RecipeError(f"a criterion is a name or `name: {{settings}}`, not {value!r}.")
+    ((name, settings),) = value.items()
+    _known(name, tuple(_CRITERIA), "criterion")
+    kind = _CRITERIA[name]
+    return _build(kind, settings or {}, str(name)) if is_dataclass(kind) else kind()
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        _known(value, typing.get_args(hint), f"value of {name}")
+        return value
+    for option in options:
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    wanted = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise RecipeError(f"{name} is {value!r}; it must be {wanted}.")
+
+
+def _known(value: Any, known: Sequence[Any], kind: str) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), [str(k) for k in known], 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(map(str, known))}."
+        raise RecipeError(f"'{value}' is no known {kind}; {hint}")

@@ -1,0 +1,272 @@
+"""A deployable file: its format, precision, named and shaped inputs and outputs, its SHA-256 and its history."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgepress.compress.errors import FileError
+
+__all__ = ["METADATA_KEY", "Artifact", "Port", "read_artifact", "tflite_ports"]
+
+METADATA_KEY = "edgepress"
+"""The key under which a file of ours carries its metadata, as JSON: in ONNX's metadata_props and in TFLite's metadata buffers."""
+
+_ONNX_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+_TFLITE_CASTS = {"QUANTIZE", "DEQUANTIZE"}
+
+
+@dataclass(frozen=True)
+class Port:
+    """One named input or output of a file.
+
+    Args:
+        name: as the file calls it.
+        shape: in the file's own layout; None where a size is open.
+        dtype: numpy's name, ``'float32'``, ``'int8'``, ``'int64'``.
+        channels_last: the file's layout is the network's with dimension 1 moved to the end.
+        scale: of a quantized port: ``real = (stored - zero_point) * scale``.
+        zero_point: see ``scale``.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    channels_last: bool = False
+    scale: float | None = None
+    zero_point: int | None = None
+
+    @property
+    def network_shape(self) -> tuple[int | None, ...]:
+        """The shape in the network's layout.
+
+        Example:
+            >>> Port("image", (1, 32, 32, 3), "float32", channels_last=True).network_shape
+            (1, 3, 32, 32)
+        """
+        return (self.shape[0], self.shape[-1], *self.shape[1:-1]) if self.channels_last else self.shape
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a runtime runs.
+
+    Args:
+        path: where it is.
+        format: ``'onnx'`` or ``'tflite'``.
+        precision: ``'fp32'``, ``'fp16'``, ``'int8'``, or ``'mixed'`` where a stranger's file computes in several.
+        inputs: in the order in which a runtime takes them.
+        outputs: in the order in which a runtime gives them.
+        sha256: of the whole file, in hexadecimal.
+        bytes: size of the whole file.
+        history: the passes that made the network; empty for strangers' files.
+    """
+
+    path: Path
+    format: str
+    precision: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    sha256: str
+    bytes: int
+    history: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+
+
+@dataclass(frozen=True)
+class _Content:
+    precision: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    history: tuple[dict[str, Any], ...]
+
+
+def read_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Describe any ``.onnx`` or ``.tflite`` file, made by edgepress or not, without running it.
+
+    Raises:
+        FileError: the file is missing, truncated, damaged, or neither ONNX nor TFLite.
+
+    Example:
+        >>> read_artifact("missing.onnx")
+        Traceback (most recent call last):
+        ...
+        edgepress.compress.errors.FileError: There is no file missing.onnx.
+    """
+    path = Path(path)
+    readers = {".onnx": _read_onnx, ".tflite": _read_tflite}
+    if not path.is_file():
+        raise FileError(f"There is no file {path}.")
+    if path.suffix.lower() not in readers:
+        raise FileError(f"{path} is neither .onnx nor .tflite, by its name.")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+    content = readers[path.suffix.lower()](path, data)
+    return Artifact(
+        path=path,
+        format=path.suffix.lower().removeprefix("."),
+        precision=content.precision,
+        inputs=content.inputs,
+        outputs=content.outputs,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        history=content.history,
+    )
+
+
+def _metadata(text: str | bytes | None) -> dict[str, Any]:
+    """What edgepress wrote into the file; empty for a stranger's."""
+    if not text:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _precision(kinds: set[str]) -> str:
+    return next(iter(kinds)) if len(kinds) == 1 else "mixed" if kinds else "fp32"
+
+
+# ---- ONNX
+
+
+def _read_onnx(path: Path, data: bytes) -> _Content:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise FileError(f"{path} is truncated or not an ONNX file: it cannot be parsed.") from error
+    # a cut between two fields parses: the operator sets, which every file names, come after the graph
+    if not model.graph.node or not model.graph.output or not model.opset_import:
+        raise FileError(f"{path} is truncated or not an ONNX file: its graph, outputs or operator sets are missing.")
+    notes = _metadata(next((p.value for p in model.metadata_props if p.key == METADATA_KEY), None))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return _Content(
+        precision=str(notes.get("precision") or _precision_onnx(model.graph)),
+        inputs=tuple(_onnx_port(path, value) for value in model.graph.input if value.name not in weights),
+        outputs=tuple(_onnx_port(path, value) for value in model.graph.output),
+        history=tuple(notes.get("history", ())),
+    )
+
+
+def _onnx_port(path: Path, value: Any) -> Port:
+    import onnx
+
+    kind = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not kind.elem_type:
+        raise FileError(f"{path}: '{value.name}' is not a tensor; edgepress runs files whose inputs and outputs are tensors.")
+    sizes = tuple(d.dim_value if d.WhichOneof("value") == "dim_value" else None for d in kind.shape.dim)
+    # an exporter that does not know a size may write 0 or -1
+    shape = tuple(size if size and size > 0 else None for size in sizes)
+    return Port(value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+
+
+def _precision_onnx(graph: Any) -> str:
+    import onnx
+
+    kinds = set()
+    if any(node.op_type in _ONNX_QUANTIZED for node in graph.node):
+        kinds.add("int8")
+    elif any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in graph.initializer):
+        kinds.add("fp16")
+    return _precision(kinds)
+
+
+# ---- TFLite
+
+
+def _read_tflite(path: Path, data: bytes) -> _Content:
+    from ai_edge_litert import schema_py_generated as schema
+
+    if data[4:8] != b"TFL3":
+        raise FileError(f"{path} is truncated or not a TFLite file: its identifier is missing.")
+    try:
+        # walks every table, so that an offset or a length outside the file raises here and not inside a runtime
+        model = schema.ModelT.InitFromPackedBuf(data, 0)
+        graph = model.subgraphs[0]
+        notes = _metadata(_tflite_metadata(model))
+        content = _Content(
+            precision=str(notes.get("precision") or _precision_tflite(model)),
+            inputs=tflite_ports(graph, graph.inputs, notes.get("inputs", ())),
+            outputs=tflite_ports(graph, graph.outputs, notes.get("outputs", ())),
+            history=tuple(notes.get("history", ())),
+        )
+    except Exception as error:  # flatbuffers has no error of its own: struct.error, TypeError, IndexError, ValueError ...
+        raise FileError(f"{path} is truncated or damaged: its tables point outside the file.") from error
+    if not content.outputs or not graph.operators:
+        raise FileError(f"{path} is truncated or damaged: it has no operators or no outputs.")
+    return content
+
+
+def _tflite_metadata(model: Any) -> bytes | None:
+    for entry in model.metadata or ():
+        if _text(entry.name) == METADATA_KEY:
+            return bytes(model.buffers[entry.buffer].data)
+    return None
+
+
+def _text(value: str | bytes | None) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value or ""
+
+
+def tflite_ports(graph: Any, indices: Sequence[int], notes: Sequence[dict[str, Any]] = ()) -> tuple[Port, ...]:
+    """Describe tensors of a flatbuffer's graph; ``notes`` is what edgepress's metadata says of them, in order."""
+    known = notes if len(notes) == len(indices) else [{}] * len(indices)
+    return tuple(_tflite_port(graph.tensors[index], note) for index, note in zip(indices, known, strict=True))
+
+
+def _tflite_port(tensor: Any, note: dict[str, Any]) -> Port:
+    signature = tensor.shapeSignature if tensor.shapeSignature is not None else tensor.shape
+    sizes = () if signature is None else tuple(int(size) for size in signature)
+    quantization = tensor.quantization
+    scales = None if quantization is None else quantization.scale
+    quantized = scales is not None and len(scales) > 0
+    return Port(
+        name=str(note.get("name") or _text(tensor.name)),
+        shape=tuple(size if size > 0 else None for size in sizes),
+        dtype=_tflite_dtype(tensor.type),
+        channels_last=bool(note.get("channels_last", False)),
+        scale=float(scales[0]) if quantized else None,
+        zero_point=int(quantization.zeroPoint[0]) if quantized else None,
+    )
+
+
+def _enum_name(enum: type, value: int) -> str:
+    return next(name for name, number in vars(enum).items() if number == value and not name.startswith("_"))
+
+
+def _tflite_dtype(kind: int) -> str:
+    from ai_edge_litert import schema_py_generated as schema
+
+    return _enum_name(schema.TensorType, kind).lower()
+
+
+def _precision_tflite(model: Any) -> str:
+    return _precision({kind for graph in model.subgraphs for kind in _computed_in(model, graph)})
+
+
+def _computed_in(model: Any, graph: Any) -> Iterator[str]:
+    """The precision of each operator that computes; those that only change the type do not count."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    known = {"float32": "fp32", "float16": "fp16", "int8": "int8", "uint8": "int8", "int16": "int16"}
+    for operator in graph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        name = _enum_name(schema.BuiltinOperator, max(code.builtinCode, code.deprecatedBuiltinCode))
+        if name in _TFLITE_CASTS:
+            continue
+        for index in operator.outputs:
+            kind = _tflite_dtype(graph.tensors[index].type)
+            if kind in known:
+                yield known[kind]

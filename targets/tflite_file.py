@@ -1,0 +1,202 @@
+"""A network as a TFLite model: one example at a time, channels last, named inputs and outputs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from edgepress.compress.network import Network, export_program
+
+from .artifact import METADATA_KEY, Port, tflite_ports
+from .names import port_names
+from .silence import silence
+
+__all__ = ["Layout", "annotate_tflite", "fed_ports", "tflite_model"]
+
+_ALIGNMENT = 16  # of a buffer's first byte, as the format's schema demands; Python's generated packer does not
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of a file's inputs and outputs, and which of them have the channels last."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    last_inputs: tuple[bool, ...]
+    last_outputs: tuple[bool, ...]
+
+    @property
+    def notes(self) -> dict[str, list[dict[str, Any]]]:
+        """As the file's metadata says it, in the order of the inputs and outputs."""
+        return {
+            "inputs": _described(self.inputs, self.last_inputs),
+            "outputs": _described(self.outputs, self.last_outputs),
+        }
+
+
+def _described(names: tuple[str, ...], last: tuple[bool, ...]) -> list[dict[str, Any]]:
+    return [{"name": name, "channels_last": turned} for name, turned in zip(names, last, strict=True)]
+
+
+def tflite_model(network: Network) -> tuple[bytes, Layout]:
+    """Convert a network to an fp32 TFLite flatbuffer for one example.
+
+    LiteRT's convolutions want the channels last. Where the file's 4-D inputs and outputs have them there too, the converter
+    moves the change of layout out of the graph; otherwise every convolution would sit between two transposes. 64-bit
+    integers become 32-bit.
+
+    Raises:
+        Exception: whatever the converter raises; `edgepress.targets.export.export` turns it into a sentence.
+    """
+    with silence():
+        import litert_torch
+    one = tuple(x[:1].detach().cpu() for x in network.example_inputs)
+    module = network.copy().to("cpu").eval().module
+    with torch.no_grad():
+        results = [x for x in pytree.tree_leaves(module(*_pair(one))) if isinstance(x, Tensor)]
+    names, output_names = port_names(export_program(network))
+    layout = Layout(
+        tuple(names),
+        tuple(output_names),
+        tuple(_is_image(x) for x in one),
+        tuple(_is_image(x) for x in results),
+    )
+    wrapped = _FileOrder(module, tuple(x.dtype for x in one), layout)
+    feeds = tuple(_file_order(x, last) for x, last in zip(one, layout.last_inputs, strict=True))
+    with silence():
+        content = bytes(litert_torch.convert(wrapped, feeds).model_content())
+    return content, layout
+
+
+def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat([x, x]) for x in inputs)
+
+
+def _is_image(value: Tensor) -> bool:
+    return value.dim() == 4 and value.is_floating_point()
+
+
+def _file_order(value: Tensor, last: bool) -> Tensor:
+    value = value.int() if value.dtype == torch.int64 else value
+    return value.permute(0, 2, 3, 1).contiguous() if last else value
+
+
+class _FileOrder(nn.Module):
+    """The network with its inputs and outputs as the file has them."""
+
+    def __init__(self, module: nn.Module, dtypes: tuple[torch.dtype, ...], layout: Layout):
+        super().__init__()
+        self.module, self.dtypes, self.layout = module, dtypes, layout
+        self.training = False
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        inner = [
+            (x.permute(0, 3, 1, 2) if last else x).to(dtype)
+            for x, dtype, last in zip(inputs, self.dtypes, self.layout.last_inputs, strict=True)
+        ]
+        leaves = [x for x in pytree.tree_leaves(self.module(*inner)) if isinstance(x, Tensor)]
+        return tuple(_file_order(x, last) for x, last in zip(leaves, self.layout.last_outputs, strict=True))
+
+    def train(self, mode: bool = True) -> _FileOrder:  # an exported module refuses to be switched; it is in evaluation mode
+        return self
+
+
+def fed_ports(content: bytes, layout: Layout) -> tuple[Port, ...]:
+    """The inputs of an annotated model, as a quantizer has to feed them."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    graph = schema.ModelT.InitFromPackedBuf(content, 0).subgraphs[0]
+    return tflite_ports(graph, graph.inputs, layout.notes["inputs"])
+
+
+# ---- names and metadata
+
+
+def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None = None) -> bytes:
+    """Name the inputs and outputs of a converted model, in its tensors and its signature, and write edgepress's metadata.
+
+    Other tensors get short names: the converter's hold class names, several hundred bytes each.
+
+    Args:
+        content: a TFLite flatbuffer with one signature.
+        layout: the names, in the network's order.
+        notes: the metadata; none is written where it is None.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    for index, tensor in enumerate(graph.tensors):
+        tensor.name = f"#{index}"
+    graph.inputs = _named(graph, signature.inputs, layout.inputs)
+    graph.outputs = _named(graph, signature.outputs, layout.outputs)
+    model.description = "edgepress"
+    if notes is not None:
+        text = json.dumps({**notes, **layout.notes}, default=str)
+        _attach(model, METADATA_KEY, text.encode())
+    return _pack(model)
+
+
+def _named(graph: Any, ports: list[Any], names: tuple[str, ...]) -> list[int]:
+    """Rename the ports of a signature in the order of their numbers (``args_0``, ``args_1``): the tensors in that order."""
+    taken = {_plain(port.name): port for port in ports}
+    ordered = [taken[name] for name in names] if set(taken) == set(names) else sorted(ports, key=_number)
+    for port, name in zip(ordered, names, strict=True):
+        port.name = name
+        tensor = graph.tensors[port.tensorIndex]
+        if tensor.name.startswith("#"):  # an output that is an input, or another output, has its name
+            tensor.name = name
+    return [port.tensorIndex for port in ordered]
+
+
+def _plain(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name
+
+
+def _number(port: Any) -> int:
+    return int(_plain(port.name).rpartition("_")[2])
+
+
+def _attach(model: Any, name: str, data: bytes) -> None:
+    import numpy as np
+    from ai_edge_litert import schema_py_generated as schema
+
+    model.metadata = [entry for entry in model.metadata or [] if _plain(entry.name) != name]
+    buffer, entry = schema.BufferT(), schema.MetadataT()
+    buffer.data = np.frombuffer(data, np.uint8)
+    model.buffers.append(buffer)
+    entry.name, entry.buffer = name, len(model.buffers) - 1
+    model.metadata.append(entry)
+
+
+def _pack(model: Any) -> bytes:
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    class Aligned(schema.BufferT):  # type: ignore[misc,name-defined]
+        """A buffer whose data starts where the schema wants it."""
+
+        def Pack(self, builder: Any) -> Any:
+            data = None if self.data is None else bytes(self.data)
+            if data is not None:
+                builder.StartVector(1, len(data), _ALIGNMENT)
+                builder.head -= len(data)
+                builder.Bytes[builder.head : builder.head + len(data)] = data
+                data = builder.EndVector()
+            schema.BufferStart(builder)
+            if data is not None:
+                schema.BufferAddData(builder, data)
+            schema.BufferAddOffset(builder, self.offset)
+            schema.BufferAddSize(builder, self.size)
+            return schema.BufferEnd(builder)
+
+    for buffer in model.buffers:
+        buffer.__class__ = Aligned
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())

@@ -1,0 +1,197 @@
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgepress.compress.errors import FileError, TraceError
+from edgepress.compress.network import Network, retrace, trace
+
+
+class Mixed(nn.Module):
+    """Everything whose mode matters: batch norm, three dropouts, a recurrent layer, attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.BatchNorm1d(8), nn.Dropout1d(0.5), nn.ReLU())
+        self.rnn = nn.LSTM(8, 8, num_layers=2, batch_first=True, dropout=0.5)
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        y, _ = self.rnn(self.conv(x).transpose(1, 2))
+        return self.head(self.attention(y).mean(1))
+
+
+@pytest.fixture
+def mixed():
+    torch.manual_seed(0)
+    return Mixed().eval()
+
+
+def test_network_equals_its_module_at_any_batch_size(mixed):
+    network = trace(mixed, torch.randn(2, 4, 10))
+    for batch in (1, 3, 17):
+        x = torch.randn(batch, 4, 10)
+        torch.testing.assert_close(network(x), mixed(x), rtol=1e-5, atol=1e-6)
+
+
+def test_network_switches_every_operator_to_training_and_back(mixed):
+    network = trace(mixed, torch.randn(2, 4, 10))
+    x = torch.randn(4, 4, 10)
+    before = network(x)
+    network.train()
+    assert network.training
+    torch.manual_seed(1)
+    one, two = network(x), network(x)
+    assert (one - two).abs().max() > 1e-3  # dropout draws anew
+    network.eval()
+    assert torch.equal(network(x), network(x))
+    assert not torch.equal(network(x), before)  # batch norm saw the batches
+    torch.testing.assert_close(trace(mixed, x)(x), before, rtol=1e-5, atol=1e-6)  # and the user's module did not
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.Dropout2d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5), nn.RReLU()]
+)
+def test_network_evaluation_has_no_randomness_left(layer):
+    network = trace(nn.Sequential(nn.Conv2d(2, 8, 1), layer), torch.randn(2, 2, 4, 4))
+    x = torch.randn(2, 2, 4, 4)
+    network.train()
+    assert not torch.equal(network(x), network(x))
+    network.eval()
+    assert torch.equal(network(x), network(x))
+
+
+def test_network_keeps_names_and_ties():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+            self.out = nn.Linear(4, 10, bias=False)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.out(self.embedding(x))
+
+    model = Tied()
+    network = trace(model, torch.zeros(1, 3, dtype=torch.int64))
+    assert set(network.state_dict()) == set(model.state_dict())
+    assert network.parameter_count == 40
+
+
+def test_network_copies_share_nothing(mixed):
+    network = trace(mixed, torch.randn(2, 4, 10))
+    copy = network.copy()
+    with torch.no_grad():
+        for p in copy.parameters():
+            p.zero_()
+    copy.train()
+    assert not network.training
+    assert all(p.detach().abs().sum() > 0 for n, p in network.module.named_parameters() if n.endswith("weight"))
+
+
+def test_network_saves_and_loads_without_pickle(tmp_path, mixed):
+    x = torch.randn(2, 4, 10)
+    network = trace(mixed, x).then(**{"pass": "Nothing", "macs": 0.5})
+    network.save(tmp_path / "net")
+    with zipfile.ZipFile(tmp_path / "net" / "program.pt2") as archive:
+        for name in archive.namelist():
+            assert not archive.read(name).startswith(b"\x80\x02"), name
+    loaded = Network.load(tmp_path / "net")
+    assert torch.equal(loaded(x), network(x))
+    assert loaded.history == network.history
+    loaded.train()(x).sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+    loaded.eval().save(tmp_path / "net")  # again, over the old one
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+
+
+def test_network_loading_refuses_a_pickle(tmp_path):
+    network = trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    network.save(tmp_path / "net")
+    program = tmp_path / "net" / "program.pt2"
+    with zipfile.ZipFile(program) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    key = next(k for k in entries if k.endswith("model_weights_config.json"))
+    entries[key] = json.dumps(json.loads(entries[key])).replace('"use_pickle": false', '"use_pickle": true').encode()
+    with zipfile.ZipFile(program, "w") as archive:
+        for name, blob in entries.items():
+            archive.writestr(name, blob)
+    with pytest.raises(FileError, match="asks for a pickle"):
+        Network.load(tmp_path / "net")
+    program.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(FileError, match="damaged"):
+        Network.load(tmp_path / "net")
+    program.unlink()
+    with pytest.raises(FileError, match=r"program\.pt2 is missing"):
+        Network.load(tmp_path / "net")
+
+
+def test_macs_count_what_the_layers_multiply():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 36, 10)
+    )
+    network = trace(model, torch.zeros(1, 3, 8, 8))
+    expected = 8 * 3 * 9 * 64 + 8 * 9 * 36 + 8 * 36 * 10
+    assert network.macs() == expected
+    assert sum(network.node_macs().values()) == expected
+
+
+def test_retrace_gives_the_same_network(mixed):
+    network = trace(mixed, torch.randn(2, 4, 10))
+    x = torch.randn(3, 4, 10)
+    assert torch.equal(retrace(network)(x), network(x))
+
+
+def test_predict_takes_and_gives_numpy():
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return {"sum": a + b, "difference": a - b}
+
+    network = trace(Two(), (torch.zeros(1, 2), torch.zeros(1, 2)))
+    a, b = np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32)
+    total, difference = network.predict(a, b)
+    assert isinstance(total, np.ndarray)
+    assert np.array_equal(total, difference)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x):
+        return x.view(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Branching(), r"test_network\.py, line \d+ \(`if x\.sum\(\) > 0:`\).*torch\.where"),
+        (FixedBatch(), r"test_network\.py, line \d+ \(`return x\.view\(2, -1\)`\)"),
+        (nn.Linear(3, 2), r"does not run on the example inputs of shape \[2, 5\]"),
+    ],
+)
+def test_trace_says_what_is_wrong_in_one_sentence(model, said):
+    with pytest.raises(TraceError, match=said):
+        trace(model, torch.ones(2, 5))
+
+
+def test_trace_says_that_the_batch_is_fixed_where_no_line_is_known():
+    with pytest.raises(TraceError, match="the code fixes the batch size"):
+        trace(FixedBatch(), torch.ones(2, 4))
+
+
+def test_trace_refuses_weights_that_are_not_numbers():
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    with pytest.raises(TraceError, match="'weight' holds NaN"):
+        trace(model, torch.ones(1, 2))

@@ -1,0 +1,195 @@
+"""What is removed is removed exactly: pruned networks against the masked originals, on a zoo and on random networks."""
+
+import random
+from functools import cache
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from edgepress.compress.network import trace
+from edgepress.compress.pruning import analyse, channels_of, masked, relative_error, remove
+
+TOLERANCE = 1e-5
+
+
+@cache
+def analysed(name):
+    model, inputs = nets.build(name)
+    network = trace(model, inputs(2)).eval()
+    analysis = analyse(network)
+    return network, analysis, channels_of(analysis), inputs
+
+
+def some(channels, seed, part=None):
+    """A random part of each group's channels, never all of one."""
+    draw = random.Random(seed)
+    gone = []
+    for group in channels.groups:
+        n = len(group.channels)
+        count = round((draw.random() if part is None else part) * n)
+        gone += draw.sample(group.channels.tolist(), min(count, n - 1))
+    return gone
+
+
+def error(network, oracle, inputs):
+    with torch.no_grad():
+        return relative_error(network(*inputs), oracle(*inputs))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", nets.ZOO)
+def test_pruned_network_must_compute_what_the_masked_original_computes(name, seed):
+    network, analysis, channels, inputs = analysed(name)
+    gone = some(channels, seed, 0.5 if seed == 0 else None)
+    smaller = remove(network, analysis, gone)
+    assert smaller.parameter_count < network.parameter_count
+    assert list(smaller.state_dict()) == list(network.state_dict())
+    for batch in (1, 2, 5):
+        assert error(smaller, masked(analysis, gone), inputs(batch)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", nets.ZOO)
+def test_oracle_must_reject_another_removal_set(name):
+    network, analysis, channels, inputs = analysed(name)
+    gone, other = some(channels, 1, 0.5), some(channels, 2, 0.5)
+    assert set(gone) != set(other)
+    smaller = remove(network, analysis, gone)
+    assert error(smaller, masked(analysis, other), inputs(2)) > 1e-3
+    assert error(smaller, masked(analysis, []), inputs(2)) > 1e-3
+
+
+@pytest.mark.parametrize("name", nets.ZOO)
+def test_pruned_network_must_train(name):
+    network, analysis, channels, inputs = analysed(name)
+    smaller = remove(network, analysis, some(channels, 3, 0.5)).train()
+    before = {k: p.detach().clone() for k, p in smaller.module.named_parameters()}
+    optimizer = torch.optim.SGD(smaller.parameters(), lr=0.01)
+    smaller(*inputs(4)).square().mean().backward()
+    optimizer.step()
+    moved = [k for k, p in smaller.module.named_parameters() if not torch.equal(p, before[k])]
+    assert len(moved) > 0.6 * len(before)
+    assert all(torch.isfinite(p).all() for p in smaller.parameters())
+
+
+@pytest.mark.parametrize("name", nets.CNNS)
+def test_every_hidden_channel_of_a_cnn_must_be_free(name):
+    network, analysis, channels, _ = analysed(name)
+    free = {axis[:2] for group in channels.groups for axis in group.axes}
+    outputs = [n for n, p in network.module.named_parameters() if p.dim() == 4 and (n, 0) not in free]
+    assert outputs == (["out.weight"] if name == "unet" else []), "filters that cannot go"
+
+
+def test_removal_must_leave_the_original_alone():
+    network, analysis, channels, inputs = analysed("resnet-A")
+    x = inputs(2)
+    graph, output = str(network.module.graph), network(*x)
+    remove(network, analysis, some(channels, 0))
+    assert str(network.module.graph) == graph
+    assert torch.equal(network(*x), output)
+
+
+def test_rounds_must_compose():
+    network, analysis, channels, inputs = analysed("shufflenet")
+    for seed in range(3):
+        gone = some(channels, seed, 0.25)
+        smaller = remove(network, analysis, gone)
+        assert error(smaller, masked(analysis, gone), inputs(3)) < TOLERANCE
+        network = smaller
+        analysis = analyse(network)
+        channels = channels_of(analysis)
+
+
+def test_tied_weights_must_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.a, self.b, self.out = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.out(self.b(self.a(self.inp(x)).relu()).relu())
+
+    network = trace(nets.trained(Tied()), torch.zeros(2, 3))
+    analysis = analyse(network)
+    gone = some(channels_of(analysis), 0, 0.5)
+    smaller = remove(network, analysis, gone)
+    assert smaller.module.get_parameter("a.weight") is smaller.module.get_parameter("b.weight")
+    assert smaller.module.get_parameter("a.weight").shape == (4, 4)
+    assert error(smaller, masked(analysis, gone), (torch.randn(4, 3),)) < TOLERANCE
+
+
+# ---- random networks
+
+
+class Drawn(nn.Module):
+    """A stack of blocks that a recipe of (kind, width) names."""
+
+    def __init__(self, recipe):
+        super().__init__()
+        self.kinds, self.layers, c = [], nn.ModuleList(), 4
+        self.stem = nets.cbr(3, c)
+        for kind, width in recipe:
+            out = 2 * width
+            layer = {
+                "conv": lambda c=c, o=out: nets.cbr(c, o),
+                "residual": lambda c=c: nets.cbr(c, c),
+                "dense": lambda c=c, o=out: nn.Conv2d(c, o, 3, padding=1),
+                "depthwise": lambda c=c: nn.Conv2d(c, 2 * c, 3, padding=1, groups=c),
+                "grouped": lambda c=c, o=out: nn.Conv2d(c, o, 3, padding=1, groups=2),
+                "pad": lambda c=c: nets.cbr(c, c + 4),
+                "swap": lambda: nn.Identity(),
+                "shuffle": lambda: nn.Identity(),
+                "gate": lambda c=c: nn.Linear(c, c),
+                "up": lambda c=c, o=out: nn.ConvTranspose2d(c, o, 2, 2, groups=2),
+                "norm": lambda c=c: nn.GroupNorm(2, c),
+            }[kind]()
+            c = {"conv": out, "dense": c + out, "depthwise": 2 * c, "grouped": out, "pad": c + 4, "up": out}.get(kind, c)
+            self.kinds.append(kind)
+            self.layers.append(layer)
+        self.head = nn.Linear(4 * c, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for kind, layer in zip(self.kinds, self.layers, strict=True):
+            x = self.block(kind, layer, x)
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+    def block(self, kind, layer, x):
+        n, c, h, w = x.shape
+        if kind == "residual":
+            return x + layer(x)
+        if kind == "dense":
+            return torch.cat([layer(x), x], 1)
+        if kind == "pad":
+            return layer(x) + F.pad(x, (0, 0, 0, 0, 1, 3))
+        if kind == "swap":
+            a, b = x[:, : c // 2], x[:, c // 2 :]
+            return torch.cat([b, a.relu()], 1)
+        if kind == "shuffle":
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        if kind == "gate":
+            return x * layer(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        if kind == "up":
+            return F.avg_pool2d(layer(x), 2)
+        return layer(x).relu()
+
+
+KINDS = ["conv", "residual", "dense", "depthwise", "grouped", "pad", "swap", "shuffle", "gate", "up", "norm"]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(2, 4)), min_size=1, max_size=4), st.integers(0, 2**16))
+def test_random_networks_must_match_their_oracles(recipe, seed):
+    torch.manual_seed(seed)
+    network = trace(nets.trained(Drawn(recipe)), torch.zeros(2, 3, 8, 8)).eval()
+    analysis = analyse(network)
+    channels = channels_of(analysis)
+    gone = some(channels, seed)
+    smaller = remove(network, analysis, gone)
+    for batch in (1, 3):
+        assert error(smaller, masked(analysis, gone), (torch.randn(batch, 3, 8, 8),)) < TOLERANCE

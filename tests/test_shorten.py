@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch import nn
+
+from edgepress.compress.errors import RecipeError
+from edgepress.compress.network import trace
+from edgepress.compress.shorten import Shorten, branches, without
+from edgepress.compress.task import Task
+
+
+class Residual(nn.Module):
+    """Four branches; the second does nothing, the fourth changes the shape with a convolution in the shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)) for _ in range(3)])
+        self.down = nn.Conv2d(4, 8, 3, 2, 1)
+        self.short = nn.Conv2d(4, 8, 1, 2)
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            self.f[1][1].weight.zero_()
+
+    def forward(self, x):
+        for f in self.f:
+            x = torch.relu(x + f(x))
+        return self.head((self.down(x) + self.short(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def residual():
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.fixture
+def residual_task(residual):
+    x = torch.randn(64, 4, 8, 8)
+    return Task(residual, x[:1], lambda predict: {"a": 1.0}, "a", calibration_batches=[x[:40], x[40:]])
+
+
+def test_branches_are_found_with_their_weights(residual):
+    found = {b.module: b for b in branches(trace(residual, torch.zeros(1, 4, 8, 8)))}
+    assert set(found) == {"f.0", "f.1", "f.2", "down", "short"}
+    assert set(found["f.0"].parameters) >= {"f.0.0.weight", "f.0.0.bias", "f.0.1.weight", "f.0.1.running_mean"}
+
+
+def test_leaving_a_branch_out_equals_the_module_without_it(residual):
+    network = trace(residual, torch.zeros(1, 4, 8, 8))
+    first = next(b for b in branches(network) if b.module == "f.0")
+    shorter = without(network, first)
+    x = torch.randn(3, 4, 8, 8)
+    expected = x
+    for k in (0, 1, 2):
+        expected = torch.relu(expected + (residual.f[k](expected) if k else 0))
+    expected = residual.head((residual.down(expected) + residual.short(expected)).mean((2, 3)))
+    torch.testing.assert_close(shorter(x), expected, rtol=1e-5, atol=1e-6)
+    assert (shorter(x) - network(x)).abs().max() > 1e-3
+    assert "f.0.0.weight" not in shorter.state_dict()
+    assert "f.0.0.weight" in network.state_dict()
+
+
+def test_shorten_removes_first_what_does_nothing(residual, residual_task):
+    network = trace(residual, torch.zeros(1, 4, 8, 8))
+    before = network.macs()
+    shorter = Shorten(macs=0.9, examples=50)(network, residual_task)
+    entry = shorter.history[-1]
+    assert [r["branch"] for r in entry["removed"]] == ["f.1"]
+    assert entry["removed"][0]["change"] < 1e-6
+    assert network.macs() == before
+    assert shorter.macs() == entry["macs_after"] < 0.9 * before
+    x = torch.randn(2, 4, 8, 8)
+    assert shorter.train()(x).sum().backward() is None
+
+
+def test_shorten_reaches_its_budget_or_stops_when_nothing_is_left(residual, residual_task):
+    network = trace(residual, torch.zeros(1, 4, 8, 8))
+    shorter = Shorten(macs=0.01)(network, residual_task)
+    assert not branches(shorter)
+    assert len(shorter.history[-1]["removed"]) == 4
+
+
+def test_shorten_leaves_a_network_without_branches_alone(task):
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    network = trace(plain, torch.zeros(1, 1, 8, 8))
+    same = Shorten(macs=0.5)(
+        network, Task(plain, torch.zeros(1, 1, 8, 8), lambda p: {"a": 1.0}, "a", calibration_batches=[torch.zeros(2, 1, 8, 8)])
+    )
+    assert same.history[-1]["removed"] == []
+    assert same.macs() == network.macs()
+
+
+@pytest.mark.parametrize("macs", [0, 1, -1])
+def test_shorten_refuses_budgets_outside_0_and_1(macs):
+    with pytest.raises(RecipeError, match="between 0 and 1"):
+        Shorten(macs=macs)
