@@ -245,8 +245,9 @@ def _size_gain(file: Mapping[str, Any]) -> str:
 
 def _verdict(file: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
     kind = "yes-text" if file["accepted"] else "none" if file["original"] else "no-text"
-    notes = [note for note in (latency.get("noise"), _parity(file["parity"])) if note]
-    small = "".join(f"<small>{escape(note)}</small>" for note in notes)
+    small = f"<small>{escape(_parity(file['parity']))}</small>" if _parity(file["parity"]) else ""
+    if latency.get("noise"):
+        small += f'<small title="{escape(latency["noise"])}">noisy times</small>'
     return f'<td class="words"><span class="{kind}">{escape(file["verdict"])}</span>{small}</td>'
 
 

@@ -69,14 +69,14 @@ class _Axis:
     def ticks(self) -> list[float]:
         if self.log:
             return _log_ticks(10**self.low, 10**self.high)
-        step = _round_step((self.high - self.low) / 6)
+        step = _round_step((self.high - self.low) / 7)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def _round_step(raw: float) -> float:
     power = 10.0 ** math.floor(math.log10(raw))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.8)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.compress.distill import Distill
-from edgepress.compress.errors import EdgepressError, FileError, RecipeError
+from edgepress.compress.errors import EdgepressError, FileError, RecipeError, UserError
 from edgepress.compress.network import Network, trace
 from edgepress.compress.passes import Pass, describe
 from edgepress.compress.task import Predict, Task, metrics
 from edgepress.targets.artifact import Artifact
 from edgepress.targets.export import export
-from edgepress.targets.local import environment
-from edgepress.targets.measure import Measurement, find_device, measure, ratio
+from edgepress.targets.local import peak_memory
+from edgepress.targets.measure import Measurement, find_device, measure, noise_warning, ratio
 from edgepress.targets.runtimes import open_runtime
 from edgepress.targets.verify import Parity, verify
 
@@ -83,7 +83,9 @@ def press(
     with clock.stage("measure"):
         _say("Measuring {} files in turns.", len(judged))
         measured = measure([f.artifact for f in judged], device=device, threads=threads)
-    warnings += [m.noise for m in measured if m.noise][:1]
+    noise = noise_warning(measured)
+    if noise:
+        warnings.append(noise)
     report = _report(task, judge, original, pressed, judged, measured, warnings, clock)
     write(report, folder)
     return report
@@ -169,10 +171,15 @@ class _Judged:
 def _run_file(candidate: _Candidate, task: Task, judge: _Judge, warnings: list[str]) -> _Judged | None:
     """Run one file and judge it; one that does not work is taken away and said so."""
     artifact = candidate.artifact
-    parity = verify(artifact, candidate.network)
-    if not parity.ok:
+    try:
+        peak_memory(artifact)  # in a process of its own: a file that crashes its runtime must not take the run with it
+        parity = verify(artifact, candidate.network)
+        reason = "" if parity.ok else parity.reason
+    except UserError as error:
+        reason = str(error)
+    if reason:
         artifact.path.unlink(missing_ok=True)
-        warnings.append(f"{artifact.path.name} was not delivered: {parity.reason}")
+        warnings.append(f"{artifact.path.name} was not delivered: {reason}")
         return None
     _say("Running {} on the task's data.", artifact.path.name)
     runtime = open_runtime(artifact, threads=2)
@@ -261,6 +268,7 @@ def _report(
                 parity=found.parity,
                 accepted=accepted,
                 verdict=verdict,
+                original=found.baseline,
             )
         )
     return Report(
@@ -269,12 +277,13 @@ def _report(
         higher_is_better=task.higher_is_better,
         max_drop=judge.max_drop,
         original={"metrics": judge.reference, "parameters": original.parameter_count, "macs": original.macs()},
+        compressed={"parameters": pressed.parameter_count, "macs": pressed.macs()},
         baseline=base.artifact.path.name,
         files=tuple(files),
         layers=_layers(original, pressed),
         passes=pressed.history,
         decided_on="evaluate" if task.validate is None else "validate",
-        environment=environment(),
+        environment=measured[0].environment,
         warnings=tuple(warnings),
         seconds=clock.seconds,
         accepted=any(f.accepted for f in files),

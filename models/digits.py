@@ -106,5 +106,5 @@ def _train(model: nn.Module, batches: Callable[[int], Iterator[tuple[Tensor, Ten
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            update((epoch + 1) / _EPOCHS, f"loss {float(loss):.3f}")
+            update((epoch + 1) / _EPOCHS, f"loss {loss.item():.3f}")
         model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]

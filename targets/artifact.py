@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgepress.compress.errors import FileError
 
-__all__ = ["METADATA_KEY", "Artifact", "Port", "read_artifact", "tflite_ports"]
+__all__ = ["METADATA_KEY", "Artifact", "Port", "inline", "read_artifact", "tflite_ports"]
 
 METADATA_KEY = "edgepress"
 """The key under which a file of ours carries its metadata, as JSON: in ONNX's metadata_props and in TFLite's metadata buffers."""
@@ -195,6 +197,8 @@ def _read_tflite(path: Path, data: bytes) -> _Content:
         # walks every table, so that an offset or a length outside the file raises here and not inside a runtime
         model = schema.ModelT.InitFromPackedBuf(data, 0)
         graph = model.subgraphs[0]
+        for buffer in model.buffers:
+            inline(buffer, data)
         notes = _metadata(_tflite_metadata(model))
         content = _Content(
             precision=str(notes.get("precision") or _precision_tflite(model)),
@@ -207,6 +211,17 @@ def _read_tflite(path: Path, data: bytes) -> _Content:
     if not content.outputs or not graph.operators:
         raise FileError(f"{path} is truncated or damaged: it has no operators or no outputs.")
     return content
+
+
+def inline(buffer: Any, content: bytes) -> None:
+    """Read a buffer that a large file keeps behind its tables, in place; others have their data already.
+
+    Raises:
+        ValueError: the file ends before the buffer does.
+    """
+    if buffer.data is None and buffer.size:
+        buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+        buffer.offset = buffer.size = 0
 
 
 def _tflite_metadata(model: Any) -> bytes | None:
@@ -229,16 +244,15 @@ def tflite_ports(graph: Any, indices: Sequence[int], notes: Sequence[dict[str, A
 def _tflite_port(tensor: Any, note: dict[str, Any]) -> Port:
     signature = tensor.shapeSignature if tensor.shapeSignature is not None else tensor.shape
     sizes = () if signature is None else tuple(int(size) for size in signature)
-    quantization = tensor.quantization
-    scales = None if quantization is None else quantization.scale
-    quantized = scales is not None and len(scales) > 0
+    found = getattr(tensor.quantization, "scale", None)
+    scales = () if found is None else tuple(found)
     return Port(
         name=str(note.get("name") or _text(tensor.name)),
         shape=tuple(size if size > 0 else None for size in sizes),
         dtype=_tflite_dtype(tensor.type),
         channels_last=bool(note.get("channels_last", False)),
-        scale=float(scales[0]) if quantized else None,
-        zero_point=int(quantization.zeroPoint[0]) if quantized else None,
+        scale=float(scales[0]) if scales else None,
+        zero_point=int(tensor.quantization.zeroPoint[0]) if scales else None,
     )
 
 

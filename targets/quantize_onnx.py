@@ -22,9 +22,9 @@ _TELEMETRY = "openvino_telemetry"
 def quantize_onnx(model: Any, pieces: Callable[[], Iterator[tuple[np.ndarray, ...]]]) -> Any:
     """Quantize weights per channel and activations per tensor to int8, from the ranges of the calibration data.
 
-    NNCF's default quantizes the activations before a depthwise convolution per channel; ONNX Runtime 1.31 then fails at run time or runs
-    slower than in fp32, so per-tensor ranges are asked for. Activations are symmetric after a ReLU and asymmetric
-    elsewhere ('mixed'), which costs ONNX Runtime nothing.
+    NNCF's default quantizes the activations before a depthwise convolution per channel; ONNX Runtime 1.31 then fails at
+    run time or runs slower than in fp32, so per-tensor ranges are asked for. The preset 'mixed' makes activations
+    asymmetric, which costs ONNX Runtime nothing and uses the whole range of those that are not centred.
 
     Args:
         model: an fp32 ``onnx.ModelProto``; it is left as it was.

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from edgepress.compress.network import Network, export_program
 
-from .artifact import METADATA_KEY, Port, tflite_ports
+from .artifact import METADATA_KEY, Port, inline, tflite_ports
 from .names import port_names
 from .silence import silence
 
@@ -136,6 +136,8 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
     graph.inputs = _named(graph, signature.inputs, layout.inputs)
     graph.outputs = _named(graph, signature.outputs, layout.outputs)
     model.description = "edgepress"
+    for buffer in model.buffers:
+        inline(buffer, content)
     if notes is not None:
         text = json.dumps({**notes, **layout.notes}, default=str)
         _attach(model, METADATA_KEY, text.encode())
@@ -178,7 +180,7 @@ def _pack(model: Any) -> bytes:
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
-    class Aligned(schema.BufferT):  # type: ignore[misc,name-defined]
+    class Aligned(schema.BufferT):  # type: ignore[misc]
         """A buffer whose data starts where the schema wants it."""
 
         def Pack(self, builder: Any) -> Any:

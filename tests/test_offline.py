@@ -2,8 +2,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 RECORD = """
 import socket, sys, threading
 record = sys.argv[1]
@@ -75,9 +73,8 @@ def test_the_record_must_show_an_attempt(tmp_path):
     assert "getaddrinfo" in record
 
 
-@pytest.mark.parametrize("code", ["import nncf\n" + EXPORT])
-def test_export_must_silence_nncf_that_was_imported_before(tmp_path, code):
+def test_export_must_silence_nncf_that_was_imported_before(tmp_path):
     # what nncf does when somebody else imports it is theirs; from the export on, nothing may leave
-    cleared = code.replace("import torch\n", "import torch\nopen(record, 'w').close()\n", 1)
-    record, _, _ = run(cleared, tmp_path)
+    code = "import nncf\nopen(record, 'w').close()\n" + EXPORT.replace('"net.onnx", "net.tflite"', '"net.onnx",')
+    record, _, _ = run(code, tmp_path)
     assert record == ""

@@ -7,12 +7,11 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from edgepress.compress.network import trace
+from edgepress.compress.pruning import analyse, channels_of, masked, relative_error, remove
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-
-from edgepress.compress.network import trace
-from edgepress.compress.pruning import analyse, channels_of, masked, relative_error, remove
 
 TOLERANCE = 1e-5
 
@@ -36,6 +35,13 @@ def some(channels, seed, part=None):
     return gone
 
 
+@cache
+def pruned(name, seed):
+    network, analysis, channels, _ = analysed(name)
+    gone = some(channels, seed, 0.5 if seed == 0 else None)
+    return remove(network, analysis, gone), gone
+
+
 def error(network, oracle, inputs):
     with torch.no_grad():
         return relative_error(network(*inputs), oracle(*inputs))
@@ -44,9 +50,8 @@ def error(network, oracle, inputs):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", nets.ZOO)
 def test_pruned_network_must_compute_what_the_masked_original_computes(name, seed):
-    network, analysis, channels, inputs = analysed(name)
-    gone = some(channels, seed, 0.5 if seed == 0 else None)
-    smaller = remove(network, analysis, gone)
+    network, analysis, _, inputs = analysed(name)
+    smaller, gone = pruned(name, seed)
     assert smaller.parameter_count < network.parameter_count
     assert list(smaller.state_dict()) == list(network.state_dict())
     for batch in (1, 2, 5):
@@ -55,18 +60,18 @@ def test_pruned_network_must_compute_what_the_masked_original_computes(name, see
 
 @pytest.mark.parametrize("name", nets.ZOO)
 def test_oracle_must_reject_another_removal_set(name):
-    network, analysis, channels, inputs = analysed(name)
-    gone, other = some(channels, 1, 0.5), some(channels, 2, 0.5)
+    _, analysis, channels, inputs = analysed(name)
+    smaller, gone = pruned(name, 0)
+    other = some(channels, 2, 0.5)
     assert set(gone) != set(other)
-    smaller = remove(network, analysis, gone)
     assert error(smaller, masked(analysis, other), inputs(2)) > 1e-3
     assert error(smaller, masked(analysis, []), inputs(2)) > 1e-3
 
 
 @pytest.mark.parametrize("name", nets.ZOO)
 def test_pruned_network_must_train(name):
-    network, analysis, channels, inputs = analysed(name)
-    smaller = remove(network, analysis, some(channels, 3, 0.5)).train()
+    inputs = analysed(name)[3]
+    smaller = pruned(name, 0)[0].copy().train()
     before = {k: p.detach().clone() for k, p in smaller.module.named_parameters()}
     optimizer = torch.optim.SGD(smaller.parameters(), lr=0.01)
     smaller(*inputs(4)).square().mean().backward()
@@ -78,10 +83,10 @@ def test_pruned_network_must_train(name):
 
 @pytest.mark.parametrize("name", nets.CNNS)
 def test_every_hidden_channel_of_a_cnn_must_be_free(name):
-    network, analysis, channels, _ = analysed(name)
+    network, _, channels, _ = analysed(name)
     free = {axis[:2] for group in channels.groups for axis in group.axes}
-    outputs = [n for n, p in network.module.named_parameters() if p.dim() == 4 and (n, 0) not in free]
-    assert outputs == (["out.weight"] if name == "unet" else []), "filters that cannot go"
+    stuck = [n for n, p in network.module.named_parameters() if n.endswith("weight") and p.dim() == 4 and (n, 0) not in free]
+    assert stuck == (["out.weight"] if name == "unet" else []), "filters that cannot go"
 
 
 def test_removal_must_leave_the_original_alone():
@@ -182,7 +187,7 @@ class Drawn(nn.Module):
 KINDS = ["conv", "residual", "dense", "depthwise", "grouped", "pad", "swap", "shuffle", "gate", "up", "norm"]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(2, 4)), min_size=1, max_size=4), st.integers(0, 2**16))
 def test_random_networks_must_match_their_oracles(recipe, seed):
     torch.manual_seed(seed)
