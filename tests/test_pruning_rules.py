@@ -4,10 +4,11 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from edgepress.compress.network import trace
 from edgepress.compress.pruning import analyse, channels_of, inspect, masked, relative_error, remove
 from edgepress.compress.pruning.rules import RULES
-from torch import nn
 
 
 class Apply(nn.Module):

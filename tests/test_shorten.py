@@ -59,15 +59,22 @@ def test_leaving_a_branch_out_equals_the_module_without_it(residual):
     assert "f.0.0.weight" in network.state_dict()
 
 
+def test_leaving_a_branch_out_leaves_no_activation_twice(residual):
+    network = trace(residual, torch.zeros(1, 4, 8, 8))
+    second = next(b for b in branches(network) if b.module == "f.1")
+    targets = [str(n.target) for n in without(network, second).module.graph.nodes]
+    assert targets.count("aten.relu.default") == 2
+
+
 def test_shorten_removes_first_what_does_nothing(residual, residual_task):
     network = trace(residual, torch.zeros(1, 4, 8, 8))
     before = network.macs()
     shorter = Shorten(macs=0.9, examples=50)(network, residual_task)
     entry = shorter.history[-1]
-    assert [r["branch"] for r in entry["removed"]] == ["f.1"]
-    assert entry["removed"][0]["change"] < 1e-6
+    assert [r["branch"] for r in entry["found"]["removed"]] == ["f.1"]
+    assert entry["found"]["removed"][0]["change"] < 1e-6
     assert network.macs() == before
-    assert shorter.macs() == entry["macs_after"] < 0.9 * before
+    assert shorter.macs() == entry["found"]["after"]["macs"] < 0.9 * before
     x = torch.randn(2, 4, 8, 8)
     assert shorter.train()(x).sum().backward() is None
 
@@ -76,7 +83,15 @@ def test_shorten_reaches_its_budget_or_stops_when_nothing_is_left(residual, resi
     network = trace(residual, torch.zeros(1, 4, 8, 8))
     shorter = Shorten(macs=0.01)(network, residual_task)
     assert not branches(shorter)
-    assert len(shorter.history[-1]["removed"]) == 4
+    assert len(shorter.history[-1]["found"]["removed"]) == 4
+
+
+def test_shorten_meets_a_budget_of_parameters_too(residual, residual_task):
+    network = trace(residual, torch.zeros(1, 4, 8, 8))
+    by_macs = Shorten(macs=0.9)(network, residual_task)
+    both = Shorten(macs=0.9, parameters=0.6)(network, residual_task)
+    assert both.parameter_count <= 0.6 * network.parameter_count < by_macs.parameter_count
+    assert both.macs() <= 0.9 * network.macs()
 
 
 def test_shorten_leaves_a_network_without_branches_alone(task):
@@ -85,7 +100,7 @@ def test_shorten_leaves_a_network_without_branches_alone(task):
     same = Shorten(macs=0.5)(
         network, Task(plain, torch.zeros(1, 1, 8, 8), lambda p: {"a": 1.0}, "a", calibration_batches=[torch.zeros(2, 1, 8, 8)])
     )
-    assert same.history[-1]["removed"] == []
+    assert same.history[-1]["found"]["removed"] == []
     assert same.macs() == network.macs()
 
 

@@ -26,8 +26,8 @@ class Criterion(Protocol):
         ...
 
     @property
-    def comparable(self) -> bool:
-        """Whether scores of different layers are in the same unit; if not they are divided by their group's mean."""
+    def degree(self) -> int:
+        """How scores grow with what a channel does to the loss: 2 squared, 1 linearly, 0 not comparable between layers."""
         ...
 
     @property
@@ -68,8 +68,12 @@ class Taylor:
 
     squared: bool = True
     gradients: ClassVar[bool] = True
-    comparable: ClassVar[bool] = True
     readers_only: ClassVar[bool] = True
+
+    @property
+    def degree(self) -> int:
+        """2, or 1 where absolute values are taken."""
+        return 2 if self.squared else 1
 
     def element(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """Weight times gradient."""
@@ -97,7 +101,7 @@ class Magnitude:
 
     p: int = 2
     gradients: ClassVar[bool] = False
-    comparable: ClassVar[bool] = False
+    degree: ClassVar[int] = 0
     readers_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -128,7 +132,7 @@ class Random:
 
     seed: int = 0
     gradients: ClassVar[bool] = False
-    comparable: ClassVar[bool] = False
+    degree: ClassVar[int] = 0
     readers_only: ClassVar[bool] = False
 
     def element(self, weight: Tensor, gradient: Tensor) -> Tensor:

@@ -34,16 +34,17 @@ class Group:
         return (made or [self.axes[0][0]])[0]
 
     def step(self, multiple: int) -> int:
-        """How many channels go at once so that the weights' axes keep multiples of ``multiple``, where they had them.
+        """How many channels go at once so that filter counts stay multiples of ``multiple``, where they were.
 
-        Channels that take several positions (the groups of a grouped convolution, say) count that often.
+        Channels that take several filters (one in each group of a grouped convolution, say) count that often; where the
+        count was no multiple, its largest common divisor with one is kept.
 
         Example:
             >>> group = Group((("conv.weight", 0, 4),), np.arange(16))
             >>> group.step(8), Group((("conv.weight", 0, 1),), np.arange(12)).step(8)
             (2, 4)
         """
-        taken = math.gcd(*[n for _, _, n in self.axes])
+        taken = math.gcd(*([n for _, dim, n in self.axes if dim == 0] or [n for _, _, n in self.axes]))
         return math.gcd(len(self.channels), multiple // math.gcd(multiple, taken))
 
 

@@ -12,6 +12,7 @@ from .analysis import NO_RULE, Analysis, analyse
 from .call import operator_name, user_line
 from .cost import Macs
 from .groups import channels_of
+from .rules_layers import KERNEL
 
 __all__ = ["Frozen", "GroupReport", "Inspection", "inspect"]
 
@@ -101,7 +102,7 @@ def frozen_by(analysis: Analysis) -> tuple[Frozen, ...]:
     for context, reason, ids in analysis.labels.log:
         axes = dict.fromkeys(a for root in np.unique(analysis.labels.find(ids)).tolist() for a in where.get(root, ()))
         key = (_operator(context), reason, user_line(context), reason != NO_RULE)
-        if axes:
+        if axes and reason != KERNEL:  # nobody expects a 3x3 kernel to lose a row
             found.setdefault(key, {}).update(axes)
     return tuple(Frozen(operator, why, line, tuple(axes), known) for (operator, why, line, known), axes in found.items())
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .analysis import Analysis
     from .rewrite import Cut
 
-__all__ = ["TABLE"]
+__all__ = ["KERNEL", "TABLE"]
 
 TABLE = Table()
+KERNEL = "the kernel of a convolution"
 
 
 # ---- products
@@ -125,7 +126,8 @@ def _conv(a: Analysis, c: Call) -> Value:
     x, weight, groups = a.axes(c["input"]), a.axes(c["weight"]), _groups(c)
     rank = len(weight) - 2
     channels, out = x[-rank - 1], weight[0]
-    a.labels.freeze_axes([*x[-rank:], *weight[2:]], "spatial")
+    a.labels.freeze_axes(x[-rank:], "spatial")
+    a.labels.freeze_axes(weight[2:], KERNEL)
     width = size(channels) // groups
     if groups == 1:
         a.labels.unify(channels, weight[1])
@@ -148,7 +150,8 @@ def _conv_transpose(a: Analysis, c: Call) -> Value:
     rank = len(weight) - 2
     channels, out = x[-rank - 1], weight[1]
     spatial = math.prod(size(ax) for ax in x[-rank:])
-    a.labels.freeze_axes([*x[-rank:], *weight[2:]], "spatial")
+    a.labels.freeze_axes(x[-rank:], "spatial")
+    a.labels.freeze_axes(weight[2:], KERNEL)
     width = size(channels) // groups
     if groups == 1:
         a.labels.unify(channels, weight[0])

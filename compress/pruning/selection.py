@@ -55,22 +55,22 @@ class Selection:
     reached: bool
 
 
-def select(
-    channels: Channels, scores: NDArray[np.float64], budget: float, bounds: Bounds, *, comparable: bool = True
-) -> Selection:
+def select(channels: Channels, scores: NDArray[np.float64], budget: float, bounds: Bounds, *, degree: int = 2) -> Selection:
     """Take channels away until the network fits a budget of multiply-accumulates.
 
     Each group offers its next step, its lowest-scored channels in as many as keep the channel counts multiples of what
     kernels like. The step with the smallest sum of scores for each multiply-accumulate saved goes first; savings are counted
-    anew after each step, from the channel counts on both sides. A step that saves nothing is never taken.
+    anew after each step, from the channel counts on both sides. A step that saves nothing is never taken. (Scores of degree
+    one are set against the root of what is saved, which ranks single channels as their squares would be. Set against the
+    savings themselves they took half of every residual stream of ResNet-56 first, and 54 points of accuracy with it.)
 
     Args:
         channels: the candidates.
         scores: one for each of ``channels.classes``; low ones go.
         budget: multiply-accumulates of one example to end at, or just below.
         bounds: how far groups may shrink.
-        comparable: whether scores of different groups are in one unit; if not, each group's are divided by their mean,
-            and steps are compared by their mean score alone.
+        degree: how scores grow with a channel's effect, see `Criterion`. At 0 each group's are divided by their mean, and
+            steps are compared by their mean score alone.
 
     Example:
         >>> import torch
@@ -84,7 +84,7 @@ def select(
         ((3,), 18.0, [1, 3, 5])
     """
     macs = Macs(channels)
-    offers = _offers(channels, scores, bounds, comparable)
+    offers = _offers(channels, scores, bounds, relative=degree == 0)
     taken = [0] * len(offers)
     counts = np.array([len(g.channels) for g in channels.groups], float)
     total = float(macs.total(counts))
@@ -95,7 +95,7 @@ def select(
         worth = saved > total * 1e-9
         if not worth.any():
             break
-        rank = np.where(worth, price / np.where(worth, saved, 1.0) if comparable else price, np.inf)
+        rank = np.where(worth, price / np.where(worth, saved, 1.0) ** (degree / 2), np.inf)
         best = int(np.argmin(rank))
         counts[best] -= steps[best]
         taken[best] += 1
@@ -118,7 +118,7 @@ class _Offer:
     prices: Sequence[float]
 
 
-def _offers(channels: Channels, scores: NDArray[np.float64], bounds: Bounds, comparable: bool) -> list[_Offer]:
+def _offers(channels: Channels, scores: NDArray[np.float64], bounds: Bounds, *, relative: bool) -> list[_Offer]:
     out, at = [], 0
     for group in channels.groups:
         n = len(group.channels)
@@ -126,7 +126,7 @@ def _offers(channels: Channels, scores: NDArray[np.float64], bounds: Bounds, com
         order = np.argsort(mine, kind="stable")
         step = group.step(bounds.multiple)
         sizes = [step] * ((n - bounds.floor(group)) // step)
-        unit = 1.0 if comparable else step * max(float(mine.mean()), 1e-30)
+        unit = step * max(float(mine.mean()), 1e-30) if relative else 1.0
         ranked = mine[order]
         prices = [float(ranked[i * step : (i + 1) * step].sum()) / unit for i in range(len(sizes))]
         out.append(_Offer(group.channels[order], sizes, prices))
