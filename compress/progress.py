@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 __all__ = ["bar", "silenced"]
 
+Update = Callable[..., None]
+
 _LINE_EVERY_S = 20.0
 _silent = False
 
@@ -28,7 +30,7 @@ def silenced() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[[float, str], None]]:
+def bar(title: str) -> Iterator[Update]:
     """Yield ``update(fraction, text)``; the bar goes when the block ends.
 
     Example:
@@ -36,7 +38,7 @@ def bar(title: str) -> Iterator[Callable[[float, str], None]]:
         ...     update(0.5, "loss 0.31")
     """
     if _silent:
-        yield lambda fraction, text="": None
+        yield _nothing
     elif not sys.stderr.isatty():
         yield _plain_lines(title)
     else:
@@ -51,10 +53,18 @@ def bar(title: str) -> Iterator[Callable[[float, str], None]]:
         )
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(title, total=1.0, text="")
-            yield lambda fraction, text="": progress.update(task, completed=fraction, text=text)
+
+            def update(fraction: float, text: str = "") -> None:
+                progress.update(task, completed=fraction, text=text)
+
+            yield update
 
 
-def _plain_lines(title: str) -> Callable[[float, str], None]:
+def _nothing(fraction: float, text: str = "") -> None:
+    pass
+
+
+def _plain_lines(title: str) -> Update:
     started = last = time.monotonic()
 
     def update(fraction: float, text: str = "") -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from edgepress.compress.errors import TaskError
 from edgepress.compress.task import Predict
-from torch import Tensor
 
 from .packs import read_pack
 

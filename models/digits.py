@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from edgepress.compress.progress import bar
-from edgepress.compress.task import Evaluate, Predict, Task
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from edgepress.compress.progress import bar
+from edgepress.compress.task import Evaluate, Predict, Task
 
 __all__ = ["DigitsNet", "digits"]
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+
 from edgepress.compress.errors import TaskError
 
 __all__ = ["data_folder", "decode_images", "read_pack"]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from edgepress.compress.errors import TaskError
-from edgepress.compress.task import Task
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from edgepress.compress.errors import TaskError
+from edgepress.compress.task import Task
 
 from .cifar10 import Cifar10
 from .packs import data_folder

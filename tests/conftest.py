@@ -10,6 +10,8 @@ from torch import nn
 from edgepress.compress.progress import silenced
 from edgepress.compress.task import Task
 
+torch.set_num_threads(1)  # two make the many tiny networks here slower, not faster
+
 DATA = Path(os.environ.get("EDGEPRESS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
