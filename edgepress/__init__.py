@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from edgepress.targets.verify import Parity as Parity
     from edgepress.targets.verify import verify as verify
 
-    from .press import press as press
+    from .pipeline import press as press
     from .recipe import Recipe as Recipe
     from .recipe import default_recipe as default_recipe
     from .recipe import read_recipe as read_recipe
@@ -78,7 +78,7 @@ _NAMES = {
     "open_runtime": "targets.runtimes",
     "Parity": "targets.verify",
     "verify": "targets.verify",
-    "press": "press",
+    "press": "pipeline",
     "Recipe": "recipe",
     "default_recipe": "recipe",
     "read_recipe": "recipe",

@@ -60,7 +60,7 @@ def _failed(arguments: argparse.Namespace, text: str, code: int) -> int:
 
 
 def _compress(arguments: argparse.Namespace) -> int:
-    from .press import press
+    from .pipeline import press
     from .recipe import default_recipe, read_recipe
     from .report import table, to_json
 

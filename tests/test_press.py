@@ -14,7 +14,7 @@ from edgepress.compress.errors import EdgepressError, RecipeError
 from edgepress.compress.network import Network
 from edgepress.compress.passes import describe
 
-pipeline = importlib.import_module("edgepress.press")
+pipeline = importlib.import_module("edgepress.pipeline")
 ONNX = {"formats": ("onnx",), "precisions": ("fp32",)}
 
 

@@ -150,7 +150,7 @@ def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder
                 _say("Writing {}.", path)
                 try:
                     artifact = export(network, path, precision, task.calibration_batches)
-                except (FileError, RecipeError) as error:
+                except UserError as error:
                     path.unlink(missing_ok=True)
                     warnings.append(f"{path.name} was not delivered: {error}")
                     continue
