@@ -17,7 +17,11 @@ from edgepress.models.resnet_cifar import CifarResNet, resnet_cifar10
 
 def encode(images):
     """The inverse of `decode_images`, pixel by pixel."""
-    planes = [images] if images.ndim == 3 else [images[..., 1], *(((images[..., k].astype(int) - images[..., 1] + 128) & 255) for k in (0, 2))]
+    planes = (
+        [images]
+        if images.ndim == 3
+        else [images[..., 1], *(((images[..., k].astype(int) - images[..., 1] + 128) & 255) for k in (0, 2))]
+    )
     residues = []
     for plane in planes:
         plane = plane.astype(int)
@@ -26,7 +30,9 @@ def encode(images):
             for j in range(plane.shape[2]):
                 if i and j:
                     a, b, c = plane[:, i, j - 1], plane[:, i - 1, j], plane[:, i - 1, j - 1]
-                    guess[:, i, j] = np.where(c >= np.maximum(a, b), np.minimum(a, b), np.where(c <= np.minimum(a, b), np.maximum(a, b), a + b - c))
+                    guess[:, i, j] = np.where(
+                        c >= np.maximum(a, b), np.minimum(a, b), np.where(c <= np.minimum(a, b), np.maximum(a, b), a + b - c)
+                    )
                 elif i or j:
                     guess[:, i, j] = plane[:, i - 1, j] if i else plane[:, i, j - 1]
         residues.append(((plane - guess) & 255).astype(np.uint8))
