@@ -4,8 +4,8 @@
 
 What the numbers mean: `import` is a fresh interpreter with `import edgepress` less one without, the least of ten pairs. `labels`
 is the label analysis of ResNet-56, the least of five. `taylor` is the time of scoring with first-order Taylor over the same
-forward and backward passes without it, in turns; its floor is 1. The goals are 0.3 s, 2 s and 1.2. The last line is JSON; the exit
-code is 0 where they are met.
+forward and backward passes without it, in turns; its floor is 1. The goals are 0.3 s, 2 s and 1.2. The last line is JSON; the
+exit code is 0 where they are met.
 """
 
 from __future__ import annotations

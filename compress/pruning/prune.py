@@ -115,8 +115,8 @@ class Prune:
         if least.macs > start * self.macs:
             raise RecipeError(
                 f"Prune(macs={self.macs}) cannot be reached: at least {least.macs / start:.3f} of the multiply-accumulates stay "
-                f"with multiple={self.multiple} and max_per_layer={self.max_per_layer}{locked(analysis)}. Give the recipe's prune "
-                "a smaller multiple, or more macs."
+                f"with multiple={self.multiple} and max_per_layer={self.max_per_layer}{locked(analysis)}. Give the "
+                "recipe's prune a smaller multiple, or more macs."
             )
         return bounds
 
