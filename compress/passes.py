@@ -31,7 +31,7 @@ def describe(value: Any) -> dict[str, Any]:
         >>> describe(Halve())
         {'macs': 0.5}
     """
-    plain = {}
+    plain: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if item is None or isinstance(item, bool | int | float | str):

@@ -94,8 +94,9 @@ def _train(model: nn.Module, batches: Callable[[int], Iterator[tuple[Tensor, Ten
     with torch.random.fork_rng(), bar("Train digits") as update:
         torch.manual_seed(0)
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         steps = _EPOCHS * -(-1097 // _BATCH)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)

@@ -98,7 +98,8 @@ def _weights(depth: int) -> dict[str, Tensor]:
     folder = data_folder()
     packed = folder / "weights" / f"resnet{depth}_cifar10.safetensors"
     if packed.is_file():
-        return load_file(packed)
+        weights: dict[str, Tensor] = load_file(packed)
+        return weights
     for original in (folder / "weights" / _CHECKPOINTS[depth], folder / _CHECKPOINTS[depth]):
         if original.is_file():
             state = torch.load(original, map_location="cpu", weights_only=True)["state_dict"]
