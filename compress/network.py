@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -205,7 +207,7 @@ class Network:
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
                 folder = Path(scratch) / "network"
                 folder.mkdir()
-                torch.export.save(program, folder / "program.pt2")
+                _save_program(program, folder / "program.pt2")
                 shared = {k: weights[k].clone().contiguous() for k in weights}
                 save_file(
                     {**shared, **{f"example.{i}": x.contiguous() for i, x in enumerate(self.example_inputs)}},
@@ -217,8 +219,8 @@ class Network:
                     path.rename(old)
                 folder.rename(path)
                 shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise FileError(f"Cannot write the network to {path}: {error.strerror or error}.") from error
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"Cannot write the network to {path}: {getattr(error, 'strerror', None) or error}.") from error
         return path
 
     @classmethod
@@ -396,6 +398,12 @@ def _advice(first: Exception, second: Exception) -> str:
     if "specialized it to be a constant" in text or "Constraints violated" in text:
         return "the code fixes the batch size; take it from the input (x.shape[0], or -1 in view and reshape)."
     return f"{_first_line(first)}."
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    buffer = io.BytesIO()  # torch reports a full disk as a RuntimeError of many lines; Python's own writing says it plainly
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 def _refuse_pickles(path: Path) -> None:

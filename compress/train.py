@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -264,8 +264,8 @@ class _Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(_unshared(tensors), scratch, metadata)
             os.replace(scratch, path)
-        except OSError as error:
-            raise FileError(f"Cannot write the checkpoint {path}: {error.strerror or error}.") from error
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"Cannot write the checkpoint {path}: {getattr(error, 'strerror', None) or error}.") from error
         finally:
             scratch.unlink(missing_ok=True)
 

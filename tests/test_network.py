@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from edgepress.compress.errors import FileError, TraceError
@@ -129,6 +130,22 @@ def test_network_loading_refuses_a_pickle(tmp_path):
     program.unlink()
     with pytest.raises(FileError, match=r"program\.pt2 is missing"):
         Network.load(tmp_path / "net")
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_network(tmp_path, monkeypatch):
+    network = trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    network.save(tmp_path / "net")
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("edgepress.compress.network.save_file", full)
+    with pytest.raises(FileError, match=r"Cannot write the network to .*No space left on device"):
+        trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "net")
+    monkeypatch.undo()
+    x = torch.randn(3, 2)
+    assert torch.equal(Network.load(tmp_path / "net")(x), network(x))
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
 
 
 def test_macs_count_what_the_layers_multiply():
