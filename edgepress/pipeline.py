@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from edgepress.compress.distill import Distill
 from edgepress.compress.errors import EdgepressError, FileError, RecipeError, UserError
@@ -96,7 +99,9 @@ def press(
 
 def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Path) -> Network:
     """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
-    key = hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in network.tensors()))
+    key = hashlib.sha256()
+    for tensor in network.tensors():
+        key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     for number, item in enumerate(passes):
         name = type(item).__name__
         key.update(json.dumps([name, describe(item)]).encode())
@@ -182,7 +187,7 @@ def _run_file(candidate: _Candidate, task: Task, judge: _Judge, warnings: list[s
         warnings.append(f"{artifact.path.name} was not delivered: {reason}")
         return None
     _say("Running {} on the task's data.", artifact.path.name)
-    runtime = open_runtime(artifact, threads=2)
+    runtime = open_runtime(artifact, threads=os.cpu_count() or 1)
     try:
         values, drop, deciding = judge.file(runtime.predict)
     finally:

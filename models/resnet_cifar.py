@@ -84,7 +84,7 @@ def resnet_cifar10(depth: int) -> Task:
     model.load_state_dict(_weights(depth))
     data = Cifar10.read(data_folder())
     return Task(
-        model=model,
+        model=model.eval(),
         example_inputs=data.inputs(data.test_images[:2]),
         train_batches=data.augmented,
         calibration_batches=data.calibration,
