@@ -38,7 +38,7 @@ def main() -> int:
     return 0 if met else 3
 
 
-def _scoring(network: ep.Network, task: ep.Task, turns: int = 7, count: int = 4) -> list[float]:
+def _scoring(network: ep.Network, task: ep.Task, turns: int = 7, count: int = 8) -> list[float]:
     channels = channels_of(analyse(network))
     stream = training_batches(task, 0)
     batches = [next(stream) for _ in range(count)]
