@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "Loss",
     "Predict",
     "Task",
+    "epoch_length",
     "input_batches",
     "labelled_loss",
     "metrics",
@@ -135,6 +136,21 @@ def training_batches(task: Task, epoch: int) -> Iterator[tuple[tuple[Tensor, ...
             yield inputs, None
     else:
         raise TaskError("The task has neither train_batches nor calibration_batches: give it one of them to train on.")
+
+
+def epoch_length(task: Task) -> int | None:
+    """Training batches in an epoch, where the source says so: a list or a DataLoader does, a generator does not.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(1, 2)
+        >>> epoch_length(Task(torch.nn.Identity(), x, lambda predict: {}, "a", train_batches=[(x, None)] * 3))
+        3
+    """
+    source = task.train_batches if task.train_batches is not None else task.calibration_batches
+    if callable(source) and not isinstance(source, Sized):
+        source = source(*(0,) * min(1, len(inspect.signature(source).parameters)))
+    return len(source) if isinstance(source, Sized) else None
 
 
 def labelled_loss(task: Task, outputs: Any, targets: Any) -> Tensor:

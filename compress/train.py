@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import FileError, RecipeError, TaskError
 from .network import Network
 from .progress import bar
-from .task import Task, score, training_batches
+from .task import Task, epoch_length, score, training_batches
 
 __all__ = ["Precision", "Schedule", "fastest_precision", "fit"]
 
@@ -56,7 +56,7 @@ class Schedule:
     """How long, and with which steps.
 
     Args:
-        epochs: passes over the training data; a fraction is allowed.
+        epochs: passes over the training data; a fraction is allowed where the data's length is known.
         minutes: where given, training ends after this time at the latest and the learning rate falls accordingly.
         optimizer: 'sgd' (Nesterov momentum 0.9) or 'adamw'.
         lr: the peak learning rate, reached after ``warmup`` (a fraction of the whole), then down to 0 along a cosine
@@ -112,7 +112,8 @@ def fit(
         loss: of the outputs, the inputs and the targets of a batch.
         schedule: how long, and with which steps.
         precision: where None, the fastest on this machine, measured on the first batch.
-        checkpoint: a file written after every epoch; where it exists and fits, training goes on from it.
+        checkpoint: a file written after every epoch; where it exists and fits, training goes on from it. It stays at the
+            end: take it away when the result is safe.
         title: of the progress bar.
 
     Returns:
@@ -125,46 +126,28 @@ def fit(
     if precision is None:
         precision = fastest_precision(network, next(training_batches(task, 0))[0])
     precision.place(network)
-    optimizer = _optimizer(network, schedule)
-    run = _Run(network, optimizer, schedule)
+    run = _Run(network, _optimizer(network, schedule), schedule, epoch_length(task))
     if checkpoint is not None:
         run.resume(checkpoint)
-    metric_text, metric_seconds = "", 0.0
+    metric, metric_seconds = "", 0.0
     with bar(title) as update:
         while run.progress() < 1.0:
             started = time.monotonic()
-            network.train()
-            torch.manual_seed(schedule.seed + 7919 * run.epoch)
-            total = recent = torch.zeros((), device=network.device)
-            steps = 0
-            for inputs, targets in training_batches(task, run.epoch):
-                progress = run.progress(steps)
-                if progress >= 1.0:
-                    break
-                value = _step(network, optimizer, loss, inputs, targets, precision, schedule, progress)
-                total = total + value
-                recent = recent + (value - recent) * (0.02 if steps >= 50 else 1 / (steps + 1))
-                steps += 1
-                if steps % 20 == 0:
-                    update(progress, f"epoch {run.epoch + 1}  loss {_finite(recent, run.epoch, steps):.4f}  {metric_text}")
+            steps, mean = _epoch(run, task, loss, precision, lambda done, text, metric=metric: update(done, f"{text}  {metric}"))
             if not steps:
-                if run.epoch == 0:
-                    raise TaskError("Task.train_batches yielded no batch.")
                 break
-            run.end_epoch(steps, _finite(total / steps, run.epoch, steps), time.monotonic() - started)
+            run.end_epoch(steps, mean, time.monotonic() - started)
             if checkpoint is not None:
                 run.save(checkpoint)
             if metric_seconds * 10 < time.monotonic() - started and run.progress() < 1.0:
                 before = time.monotonic()
                 network.eval()
                 with precision.autocast(network.device):
-                    metric_text = f"{task.metric} {score(task, network.predict, validation=True):.2f}"
+                    metric = f"{task.metric} {score(task, network.predict, validation=True):.2f}"
                 metric_seconds = time.monotonic() - before
     network.eval()
     if precision.channels_last:
         network.to(memory_format=torch.contiguous_format)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return {
         "epochs": run.epoch,
         "steps": run.steps,
@@ -172,6 +155,27 @@ def fit(
         "precision": asdict(precision),
         "losses": run.losses,
     }
+
+
+def _epoch(run: _Run, task: Task, loss: BatchLoss, precision: Precision, show: Callable[..., None]) -> tuple[int, float]:
+    """Train for one epoch, or until the run's time is up: steps taken, mean loss."""
+    run.network.train()
+    torch.manual_seed(run.schedule.seed + 7919 * run.epoch)
+    total = recent = torch.zeros((), device=run.network.device)
+    steps = 0
+    for inputs, targets in training_batches(task, run.epoch):
+        progress = run.progress(steps)
+        if progress >= 1.0:
+            break
+        value = _step(run, loss, inputs, targets, precision, run.schedule.rate(progress))
+        total = total + value
+        recent = recent + (value - recent) * (0.02 if steps >= 50 else 1 / (steps + 1))
+        steps += 1
+        if steps % 20 == 0:
+            show(progress, f"epoch {run.epoch + 1}  loss {_finite(recent, run.epoch, steps):.4f}")
+    if not steps and not run.epoch:
+        raise TaskError("Task.train_batches yielded no batch.")
+    return steps, _finite(total / max(steps, 1), run.epoch, steps)
 
 
 def fastest_precision(network: Network, inputs: tuple[Tensor, ...]) -> Precision:
@@ -219,29 +223,30 @@ def _trial_step(trial: Network, precision: Precision, inputs: tuple[Tensor, ...]
 class _Run:
     """Where a training run stands; what a checkpoint holds."""
 
-    def __init__(self, network: Network, optimizer: torch.optim.Optimizer, schedule: Schedule):
+    def __init__(self, network: Network, optimizer: torch.optim.Optimizer, schedule: Schedule, epoch_steps: int | None):
         self.network, self.optimizer, self.schedule = network, optimizer, schedule
         self.epoch = 0
         self.steps = 0
         self.seconds = 0.0
         self.losses: list[float] = []
-        self.epoch_steps: int | None = None  # known after the first epoch
+        self.epoch_steps = epoch_steps  # None: known after the first epoch
         self._since = time.monotonic()
 
     def progress(self, step: int = 0) -> float:
-        """How much of the run is done, from 0 to 1; inside the first epoch its length is not known yet."""
+        """How much of the run is done, from 0 to 1."""
         inside = step / self.epoch_steps if self.epoch_steps else 0.0
         done = (self.epoch + inside) / self.schedule.epochs
         if self.schedule.minutes is not None:
-            done = max(done, (self.seconds + time.monotonic() - self._since) / (60 * self.schedule.minutes))
-        elif not self.epoch_steps:
-            done = max(done, min(step / 1000, 1.0) * min(1.0 / self.schedule.epochs, self.schedule.warmup or 1.0) * 0.99)
+            return max(done, (self.seconds + time.monotonic() - self._since) / (60 * self.schedule.minutes))
+        if not self.epoch_steps:
+            # the first epoch's length is not known: warm up over 100 steps, but no further than one epoch would get
+            return min(step / 100, 1.0) * min(1.0 / self.schedule.epochs, self.schedule.warmup) * 0.99
         return done
 
     def end_epoch(self, steps: int, loss: float, seconds: float) -> None:
         self.epoch += 1
         self.steps += steps
-        self.epoch_steps = max(steps, self.epoch_steps or 0)
+        self.epoch_steps = self.epoch_steps or steps
         self.losses.append(round(loss, 5))
         self.seconds += seconds
         self._since = time.monotonic()
@@ -327,28 +332,19 @@ def _optimizer(network: Network, schedule: Schedule) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
 
 
-def _step(
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    loss: BatchLoss,
-    inputs: tuple[Tensor, ...],
-    targets: Any,
-    precision: Precision,
-    schedule: Schedule,
-    progress: float,
-) -> Tensor:
-    device = network.device
+def _step(run: _Run, loss: BatchLoss, inputs: tuple[Tensor, ...], targets: Any, precision: Precision, rate: float) -> Tensor:
+    network, device = run.network, run.network.device
     batch = precision.inputs(inputs, device)
     with precision.autocast(device):
         outputs = network(*batch)
     targets = targets.to(device, non_blocking=True) if isinstance(targets, Tensor) else targets
     value = loss(outputs, batch, targets)
-    optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     value.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), schedule.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.rate(progress)
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), run.schedule.clip)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
     return value.detach()
 
 

@@ -101,7 +101,7 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
     """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
     key = hashlib.sha256()
     for tensor in network.tensors():
-        key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     for number, item in enumerate(passes):
         name = type(item).__name__
         key.update(json.dumps([name, describe(item)]).encode())
@@ -110,8 +110,9 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
             _say("{} was finished before: going on from {}.", name, saved)
             network = Network.load(saved)
             continue
+        checkpoint = saved.with_suffix(".checkpoint")
         if isinstance(item, Distill):
-            item = replace(item, checkpoint=saved.with_suffix(".checkpoint"))
+            item = replace(item, checkpoint=checkpoint)
         started = time.monotonic()
         before = {k: v.shape for k, v in network.state_dict().items()}
         try:
@@ -122,6 +123,7 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
         if before != {k: v.shape for k, v in network.state_dict().items()}:
             raise RecipeError(f"The pass {name} changed the network it was given; a pass returns a new one.")
         result.save(saved)
+        checkpoint.unlink(missing_ok=True)
         _say(
             "{}: {:.0f} s, {:.1f} million MACs, {:,} parameters.",
             name,
