@@ -96,3 +96,16 @@ def test_walk_through_measures_what_it_reports(walked):
     for file in json.loads(done.stdout)["files"]:
         assert file["latency"]["p50_ns"] > 0
         assert file["bytes"] == (folder / "out" / os.path.basename(file["path"])).stat().st_size
+
+
+def test_documented_passes_run_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(DOCS)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "your-own-network.md").read_text(), re.S)
+    names = {"ep": edgepress, "task": importlib.import_module("my_task").build()}
+    (block,) = (b for b in blocks if b.startswith("network = ep.trace"))
+    exec(block, names)
+    assert names["smaller"].macs() <= 0.6 * names["network"].macs()
+    assert edgepress.verify(names["artifact"], names["smaller"]).ok
+    assert names["artifact"].bytes < names["baseline"].bytes
+    assert capsys.readouterr().out.strip() == str(edgepress.ratio(names["before"], names["after"]))
