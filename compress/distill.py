@@ -61,8 +61,7 @@ class Distill(Schedule):
             return (1 - self.labels) * soft + self.labels * labelled_loss(task, outputs, targets)
 
         found = fit(student, task, loss, self, precision=precision, checkpoint=self.checkpoint, title="Distill")
-        entry = {"pass": "Distill", **describe(self), "found": found}
-        return Network(student.module, student.example_inputs, (*network.history, entry))
+        return student.then(**{"pass": "Distill"}, **describe(self), found=found)
 
     def _towards(self, outputs: Any, wanted: Any, task: Task) -> Tensor:
         if task.loss is None:

@@ -26,8 +26,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import FileError, TraceError
+from .errors import FileError, TraceError, UserError
 from .modes import set_mode
+from .task import misfit
 
 __all__ = ["EXPORT_BATCH", "Network", "export_program", "retrace", "trace"]
 
@@ -67,6 +68,8 @@ class Network:
 
     def predict(self, *inputs: np.ndarray) -> Any:
         """Run in evaluation mode on numpy arrays ``[N, ...]``: one array, or a tuple where there are several outputs."""
+        if problem := misfit(inputs, self.example_inputs):
+            raise UserError(f"{problem}.")
         was_training, device = self.training, self.device
         if was_training:
             self.eval()
@@ -74,10 +77,6 @@ class Network:
         try:
             with torch.inference_mode():
                 outputs = self.module(*tensors)
-        except RuntimeError as error:
-            shapes = ", ".join(str(list(x.shape)) for x in inputs)
-            wanted = ", ".join(str(["N", *x.shape[1:]]) for x in self.example_inputs)
-            raise FileError(f"Inputs of shape {shapes} do not fit a network that takes {wanted}: {error}") from error
         finally:
             if was_training:
                 self.train()
@@ -165,7 +164,7 @@ class Network:
     def macs(self) -> int:
         """Multiply-accumulate operations for one example, of convolutions, matrix products and attention (torch's counter)."""
         device = self.device
-        one = [x[:1].to(device) for x in _batch(self.example_inputs, 2)]
+        one = [x[:1].to(device) for x in self.example_inputs]
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             self.module(*one)
@@ -174,7 +173,7 @@ class Network:
     def node_macs(self) -> dict[str, int]:
         """Multiply-accumulates of one example by graph node; nodes without any are left out."""
         device = self.device
-        one = [x[:1].to(device) for x in _batch(self.example_inputs, 2)]
+        one = [x[:1].to(device) for x in self.example_inputs]
         counted = _CountingInterpreter(self.module)
         with torch.no_grad():
             counted.run(*one)
@@ -406,14 +405,21 @@ def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
+# all that a program of ours holds; torch.export.load unpickles what other names stand for
+_ENTRY = re.compile(
+    r"[^/]+/(archive_format|archive_version|byteorder|\.data/\w+|models/\w+\.json|data/sample_inputs/\w+\.pt"
+    r"|data/weights/(weight_\d+|\w+_config\.json)|data/constants/(tensor_\d+|\w+_config\.json))"
+)
+
+
 def _refuse_pickles(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if re.search(r"data/(weights|constants)/.*config\.json$", name):
-                config = json.loads(archive.read(name) or b"{}")
-                if '"use_pickle": true' in json.dumps(config) or '"payload_type": 2' in json.dumps(config):
-                    raise FileError(f"{path} asks for a pickle, which could run code: it was not made by edgepress.")
-            elif "/sample_inputs/" in name and archive.getinfo(name).file_size:
+        for entry in archive.infolist():
+            if not _ENTRY.fullmatch(entry.filename):
+                raise FileError(f"{path} holds the unknown entry '{entry.filename}': it was not made by edgepress.")
+            if "/sample_inputs/" in entry.filename and entry.file_size:
                 raise FileError(f"{path} holds pickled sample inputs: it was not made by edgepress.")
-            elif not re.search(r"/(data/|models/|archive_format|archive_version|\.data/|byteorder|extra/)", name):
-                raise FileError(f"{path} holds the unknown entry '{name}': it was not made by edgepress.")
+            if entry.filename.endswith("_config.json"):
+                for payload in json.loads(archive.read(entry))["config"].values():
+                    if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
+                        raise FileError(f"{path} asks for a pickle, which could run code: it was not made by edgepress.")

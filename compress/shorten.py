@@ -96,8 +96,7 @@ class Shorten:
                 done = min((full[n] - size[n]) / (full[n] * (1 - budgets[n])) for n in unmet)
                 update(done, f"{len(gone)} branches gone, last {best.module}")
         found = {"removed": gone, "before": full, "after": size}
-        entry = {"pass": "Shorten", **describe(self), "found": found}
-        return Network(shorter.module, network.example_inputs, (*network.history, entry))
+        return shorter.then(**{"pass": "Shorten"}, **describe(self), found=found)
 
 
 def _sizes(network: Network) -> dict[str, int]:

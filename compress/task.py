@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "input_batches",
     "labelled_loss",
     "metrics",
+    "misfit",
     "score",
     "training_batches",
 ]
@@ -110,32 +111,84 @@ class Task:
 
 
 def _fresh(source: Batches, field: str, *args: Any) -> Iterator[Any]:
-    if callable(source):
-        takes = len(inspect.signature(source).parameters)
-        batches: Iterable[Any] = source(*args[:takes])
-    else:
-        if isinstance(source, Iterator):
-            raise TaskError(
-                f"Task.{field} is a generator, which can be read only once: pass the function that makes it, or a list."
-            )
-        batches = source
-    if not isinstance(batches, Iterable):
+    """The batches of one reading, at least one; what the user's code raises becomes a `TaskError`."""
+    if isinstance(source, Iterator):
+        raise TaskError(f"Task.{field} is a generator, which can be read only once: pass the function that makes it, or a list.")
+    empty = True
+    batches: Any = source
+    try:
+        if callable(source):
+            batches = source(*args[: len(inspect.signature(source).parameters)])
+        iterator = iter(batches) if isinstance(batches, Iterable) else None
+    except Exception as error:
+        raise _raised(field, error) from error
+    if iterator is None:
         raise TaskError(f"Task.{field} gave a {type(batches).__name__}, not an iterable of batches.")
-    return iter(batches)
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            break
+        except Exception as error:
+            raise _raised(field, error) from error
+        empty = False
+        yield batch
+    if empty:
+        raise TaskError(f"Task.{field} yielded no batch.")
+
+
+def _raised(field: str, error: Exception) -> TaskError:
+    return (
+        error
+        if isinstance(error, TaskError)
+        else TaskError(f"Task.{field} raised {type(error).__name__}: {error}{_where(error)}.")
+    )
 
 
 def training_batches(task: Task, epoch: int) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
-    """Yield ``(inputs, targets)`` for one epoch; inputs always a tuple of tensors, targets None where there are none."""
-    if task.train_batches is not None:
-        for batch in _fresh(task.train_batches, "train_batches", epoch):
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TaskError("Task.train_batches must yield pairs (inputs, targets); unlabelled data: (inputs, None).")
-            yield _tensors(batch[0], "train_batches"), batch[1]
-    elif task.calibration_batches is not None:
-        for inputs in input_batches(task.calibration_batches):
-            yield inputs, None
-    else:
+    """Yield ``(inputs, targets)`` for one epoch; inputs always a tuple of tensors, targets None where there are none.
+
+    Raises:
+        TaskError: no batch, one that does not fit the network, or whatever the user's code raised.
+    """
+    if task.train_batches is None and task.calibration_batches is None:
         raise TaskError("The task has neither train_batches nor calibration_batches: give it one of them to train on.")
+    if task.train_batches is None:
+        for inputs in input_batches(task.calibration_batches):
+            _check(task, inputs, "calibration_batches")
+            yield inputs, None
+        return
+    for batch in _fresh(task.train_batches, "train_batches", epoch):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TaskError("Task.train_batches must yield pairs (inputs, targets); unlabelled data: (inputs, None).")
+        inputs = _tensors(batch[0], "train_batches")
+        _check(task, inputs, "train_batches")
+        yield inputs, batch[1]
+
+
+def misfit(inputs: Sequence[Tensor | np.ndarray], examples: Sequence[Tensor]) -> str:
+    """What is wrong with a batch for a network that takes ``examples``; empty where nothing is.
+
+    Example:
+        >>> import torch
+        >>> misfit([torch.zeros(4, 3)], [torch.zeros(1, 2)])
+        'Input 1 has the shape [4, 3]; the network takes [N, 2]'
+    """
+    if len(inputs) != len(examples):
+        return f"There are {len(inputs)} inputs; the network takes {len(examples)}"
+    for number, (x, example) in enumerate(zip(inputs, examples, strict=True), 1):
+        if tuple(x.shape[1:]) != tuple(example.shape[1:]) or len(x.shape) != example.dim():
+            wanted = ", ".join(["N", *map(str, example.shape[1:])])
+            return f"Input {number} has the shape {list(x.shape)}; the network takes [{wanted}]"
+        kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (x, example))
+        if kind != wanted:
+            return f"Input {number} is {kind}; the network takes {wanted}"
+    return ""
+
+
+def _check(task: Task, inputs: tuple[Tensor, ...], field: str) -> None:
+    if problem := misfit(inputs, task.inputs):
+        raise TaskError(f"A batch of Task.{field} does not fit the network. {problem}, as example_inputs say.")
 
 
 def epoch_length(task: Task) -> int | None:
@@ -154,14 +207,20 @@ def epoch_length(task: Task) -> int | None:
 
 
 def labelled_loss(task: Task, outputs: Any, targets: Any) -> Tensor:
-    """The task's own loss in float32; cross-entropy over dim 1 where it names none."""
-    if task.loss is not None:
-        return task.loss(outputs, targets)
-    if not isinstance(outputs, Tensor):
+    """The task's own loss in float32; cross-entropy over dim 1 where it names none.
+
+    Raises:
+        TaskError: the loss failed, on labels that do not fit say, or several outputs have no loss.
+    """
+    if task.loss is None and not isinstance(outputs, Tensor):
         raise TaskError(
             f"The network returns a {type(outputs).__name__}, not one tensor: give the task a loss(outputs, targets)."
         )
-    return F.cross_entropy(outputs.float(), targets)
+    try:
+        return task.loss(outputs, targets) if task.loss is not None else F.cross_entropy(outputs.float(), targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        name = "loss" if task.loss is not None else "cross-entropy"
+        raise TaskError(f"The task's {name} failed: {str(error).rstrip('.')}. Look at the targets of train_batches.") from error
 
 
 def input_batches(source: Batches | None, field: str = "calibration_batches") -> Iterator[tuple[Tensor, ...]]:

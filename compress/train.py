@@ -173,8 +173,6 @@ def _epoch(run: _Run, task: Task, loss: BatchLoss, precision: Precision, show: C
         steps += 1
         if steps % 20 == 0:
             show(progress, f"epoch {run.epoch + 1}  loss {_finite(recent, run.epoch, steps):.4f}")
-    if not steps and not run.epoch:
-        raise TaskError("Task.train_batches yielded no batch.")
     return steps, _finite(total / max(steps, 1), run.epoch, steps)
 
 

@@ -28,6 +28,7 @@ from edgepress.targets.measure import Measurement, find_device, measure, noise_w
 from edgepress.targets.runtimes import open_runtime
 from edgepress.targets.verify import Parity, verify
 
+from . import __version__
 from .recipe import Recipe, default_recipe
 from .report import FileResult, Layer, Report, write
 from .tasks import load_task
@@ -99,28 +100,28 @@ def press(
 
 def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Path) -> Network:
     """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
-    key = hashlib.sha256()
-    for tensor in network.tensors():
-        key.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    unchanged = _fingerprint(network)
+    key = hashlib.sha256(f"{__version__} {unchanged}".encode())
     for number, item in enumerate(passes):
         name = type(item).__name__
-        key.update(json.dumps([name, describe(item)]).encode())
+        teachers = [_fingerprint(v) for v in vars(item).values() if isinstance(v, Network)]
+        key.update(json.dumps([name, describe(item), teachers]).encode())
         saved = folder / f"{number:02d}-{name.lower()}-{key.hexdigest()[:10]}"
         if saved.is_dir():
-            _say("{} was finished before: going on from {}.", name, saved)
+            _say("{} was finished before: going on from {}; delete that folder to run it again, on other data say.", name, saved)
             network = Network.load(saved)
+            unchanged = _fingerprint(network)
             continue
         checkpoint = saved.with_suffix(".checkpoint")
         if isinstance(item, Distill):
             item = replace(item, checkpoint=checkpoint)
         started = time.monotonic()
-        before = {k: v.shape for k, v in network.state_dict().items()}
         try:
             result = item(network, task)
         except EdgepressError as error:
             done = ", ".join(type(p).__name__ for p in passes[:number]) or "nothing"
             raise type(error)(f"{name} (pass {number + 1} of {len(passes)}, after {done}): {error}") from error
-        if before != {k: v.shape for k, v in network.state_dict().items()}:
+        if _fingerprint(network) != unchanged:
             raise RecipeError(f"The pass {name} changed the network it was given; a pass returns a new one.")
         result.save(saved)
         checkpoint.unlink(missing_ok=True)
@@ -131,8 +132,16 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
             result.macs() / 1e6,
             result.parameter_count,
         )
-        network = result
+        network, unchanged = result, _fingerprint(result)
     return network
+
+
+def _fingerprint(network: Network) -> str:
+    """A hash of the graph and of every weight."""
+    digest = hashlib.sha256(str(network.module.graph).encode())
+    for tensor in network.tensors():
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,12 @@ from edgepress.compress.distill import Distill
 from edgepress.compress.errors import FileError, RecipeError
 from edgepress.compress.passes import Pass, describe
 from edgepress.compress.shorten import Shorten
+from edgepress.targets.export import FORMATS as SUFFIXES
+from edgepress.targets.export import PRECISIONS
 
-__all__ = ["FORMATS", "PRECISIONS", "Recipe", "default_recipe", "read_recipe"]
+__all__ = ["FORMATS", "Recipe", "default_recipe", "read_recipe"]
 
-FORMATS = ("onnx", "tflite")
-PRECISIONS = ("fp32", "int8")
+FORMATS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 _PASSES: dict[str, Any] = {"prune": pruning.Prune, "shorten": Shorten, "distill": Distill}
 _CRITERIA: dict[str, Any] = {"taylor": pruning.Taylor, "magnitude": pruning.Magnitude, "random": pruning.Random}
 _NOT_IN_FILES = {"teacher", "checkpoint", "precision"}

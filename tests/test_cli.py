@@ -95,6 +95,11 @@ def test_a_task_that_is_not_one_is_refused(folder, capsys, task, said):
         ("evaluate=lambda predict: {'accuracy': 0.5}", "a drop of 1 would accept anything"),
         ("example_inputs=torch.zeros(1, 3, 8, 8)", "does not run on the example inputs of shape [1, 3, 8, 8]"),
         ("model=torch.nn.Linear(8, 3).requires_grad_(False).fill()", "raised AttributeError"),
+        ("train_batches=[]", "Task.train_batches yielded no batch"),
+        ("train_batches=[(torch.zeros(4, 3, 8, 8), labels[:4])]", "has the shape [4, 3, 8, 8]; the network takes [N, 1, 8, 8]"),
+        ("train_batches=[(images.double(), labels)]", "Input 1 is float64; the network takes float32"),
+        ("train_batches=[(images, labels + 5)]", ("cross-entropy failed", "targets of train_batches")),
+        ("train_batches=lambda epoch: open('no.png')", "Task.train_batches raised FileNotFoundError"),
         ("train_batches=None, calibration_batches=None", "neither train_batches nor calibration_batches"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from edgepress.compress.errors import FileError, TraceError
+from edgepress.compress.errors import FileError, TraceError, UserError
 from edgepress.compress.network import Network, retrace, trace
 
 
@@ -117,6 +117,7 @@ def test_network_loading_refuses_a_pickle(tmp_path):
     program = tmp_path / "net" / "program.pt2"
     with zipfile.ZipFile(program) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
+    whole = dict(entries)
     key = next(k for k in entries if k.endswith("model_weights_config.json"))
     entries[key] = json.dumps(json.loads(entries[key])).replace('"use_pickle": false', '"use_pickle": true').encode()
     with zipfile.ZipFile(program, "w") as archive:
@@ -124,6 +125,19 @@ def test_network_loading_refuses_a_pickle(tmp_path):
             archive.writestr(name, blob)
     with pytest.raises(FileError, match="asks for a pickle"):
         Network.load(tmp_path / "net")
+    # a payload that torch unpickles by its name, whatever its flag says
+    constants = next(k for k in entries if k.endswith("model_constants_config.json"))
+    payload = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": False, "tensor_meta": None}
+    for extra, config, said in (
+        ({}, {"config": {"c": payload}}, "asks for a pickle"),
+        ({"archive/data/constants/opaque_obj_0": pickle.dumps({"a": 1})}, {"config": {}}, "unknown entry"),
+        ({"archive/data/constants/model.pt": pickle.dumps({"a": 1})}, {"config": {}}, "unknown entry"),
+    ):
+        with zipfile.ZipFile(program, "w") as archive:
+            for name, blob in {**whole, constants: json.dumps(config).encode(), **extra}.items():
+                archive.writestr(name, blob)
+        with pytest.raises(FileError, match=said):
+            Network.load(tmp_path / "net")
     program.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(FileError, match="damaged"):
         Network.load(tmp_path / "net")
@@ -212,3 +226,14 @@ def test_trace_refuses_weights_that_are_not_numbers():
         model.weight[0, 0] = float("nan")
     with pytest.raises(TraceError, match="'weight' holds NaN"):
         trace(model, torch.ones(1, 2))
+
+
+def test_predict_says_which_input_does_not_fit():
+    network = trace(nn.Linear(3, 2), torch.zeros(1, 3))
+    for wrong, said in (
+        ([np.zeros((2, 4), np.float32)], r"Input 1 has the shape \[2, 4\]; the network takes \[N, 3\]"),
+        ([np.zeros((2, 3))], "Input 1 is float64; the network takes float32"),
+        ([np.zeros((2, 3), np.float32)] * 2, "There are 2 inputs; the network takes 1"),
+    ):
+        with pytest.raises(UserError, match=said):
+            network.predict(*wrong)

@@ -127,9 +127,35 @@ def test_a_slower_file_is_rejected(task):
     assert judge.verdict(replace(found, baseline=True), 1.0, 1.0)[0] is False
 
 
-def test_press_catches_a_pass_that_changes_its_input(task, tmp_path):
-    with pytest.raises(RecipeError, match="Meddle changed the network it was given"):
-        ep.press(task, out=tmp_path, recipe=ep.Recipe((Meddle(),), **ONNX))
+@dataclass(frozen=True)
+class Nudge:
+    """A pass that changes a weight of its input in place, its shape no more."""
+
+    def __call__(self, network, task):
+        with torch.no_grad():
+            network.module.head.weight[0, 0] += 1
+        return network.then(**{"pass": "Nudge"})
+
+
+@pytest.mark.parametrize("meddler", [Meddle(), Nudge()])
+def test_press_catches_a_pass_that_changes_its_input(task, tmp_path, meddler):
+    with pytest.raises(RecipeError, match=f"{type(meddler).__name__} changed the network it was given"):
+        ep.press(task, out=tmp_path, recipe=ep.Recipe((meddler,), **ONNX))
+
+
+def test_a_finished_pass_is_taken_only_for_the_same_network_and_teacher(task, tmp_path):
+    network = ep.trace(task.model, task.example_inputs)
+    other = network.copy()
+    with torch.no_grad():
+        other.module.head.bias += 1
+
+    def folders(start, teacher):
+        pipeline._run_passes(start, task, (ep.Distill(epochs=0.2, teacher=teacher),), tmp_path)
+        return len(list(tmp_path.iterdir()))
+
+    assert folders(network, None) == folders(network, None) == 1
+    assert folders(other, None) == 2
+    assert folders(network, other) == 3
 
 
 def test_an_error_in_a_pass_names_it_and_what_went_before(task, tmp_path):
