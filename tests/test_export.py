@@ -336,7 +336,7 @@ def test_pieces_must_refuse_data_that_does_not_fit(network):
         list(pieces(network, [torch.zeros(2, 1, 12, 12)], 4))
     with pytest.raises(UserError, match="NaN"):
         list(pieces(network, [torch.full((2, 3, 12, 12), torch.nan)], 4))
-    with pytest.raises(UserError, match="no examples"):
+    with pytest.raises(UserError, match="yielded no batch"):
         list(pieces(network, [], 4))
 
 
