@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import logging
@@ -23,11 +24,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import FileError, TraceError, UserError
 from .modes import set_mode
+from .regions import inline_regions
+from .surgery import Plan
 from .task import misfit
 
 __all__ = ["EXPORT_BATCH", "Network", "export_program", "retrace", "trace"]
@@ -45,6 +52,7 @@ class Network:
         module: the graph and its weights; parameter names are those of the original module.
         example_inputs: the inputs as the user gave them, batch first, on the CPU.
         history: one dict for each pass that made the network, ``{"pass": "Prune", ...configuration and findings}``.
+        kept: what passes recorded of the original's weights as they sliced them; `plan` is what to ask.
 
     Example:
         >>> import torch
@@ -55,10 +63,17 @@ class Network:
         (5, 2)
     """
 
-    def __init__(self, module: fx.GraphModule, example_inputs: tuple[Tensor, ...], history: tuple[dict[str, Any], ...] = ()):
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        example_inputs: tuple[Tensor, ...],
+        history: tuple[dict[str, Any], ...] = (),
+        kept: Plan | None = None,
+    ):
         self.module = module
         self.example_inputs = example_inputs
         self.history = history
+        self.kept = kept if kept is not None else Plan({name: tuple(t.shape) for name, t in module.state_dict().items()})
 
     # ---- running
 
@@ -143,11 +158,19 @@ class Network:
         with warnings.catch_warnings():  # torch's own tree specification warns about itself when it is copied
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
             module = copy.deepcopy(self.module, memo)
-        return Network(module, self.example_inputs, copy.deepcopy(self.history, memo))
+        return Network(module, self.example_inputs, copy.deepcopy(self.history, memo), self.kept)
 
     def then(self, **entry: Any) -> Network:
         """The same network with one more line of history."""
-        return Network(self.module, self.example_inputs, (*self.history, entry))
+        return Network(self.module, self.example_inputs, (*self.history, entry), self.kept)
+
+    def plan(self) -> Plan:
+        """Which positions of the original's weights are left: to write, or to replay on the user's own class and checkpoints.
+
+        Raises:
+            UserError: a pass sliced weights without recording it.
+        """
+        return self.kept.of(self.state_dict())
 
     # ---- size
 
@@ -200,6 +223,7 @@ class Network:
             "inputs": [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in self.example_inputs],
             "parameters": [name for name, _ in network.module.named_parameters(remove_duplicate=False)],
             "history": list(self.history),
+            "surgery": self.kept.json(),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +244,20 @@ class Network:
                 shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             raise FileError(f"Cannot write the network to {path}: {getattr(error, 'strerror', None) or error}.") from error
+        return path
+
+    def save_weights(self, path: str | os.PathLike[str]) -> Path:
+        """Write the weights alone, named as in the original module: `safetensors.torch.load_file` reads them.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        path = Path(path)
+        weights = {name: value.detach().cpu().clone().contiguous() for name, value in self.state_dict().items()}
+        try:
+            save_file(weights, path)
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"Cannot write the weights to {path}: {getattr(error, 'strerror', None) or error}.") from error
         return path
 
     @classmethod
@@ -250,12 +288,15 @@ class Network:
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
         ]:
+            if name in program.graph_signature.non_persistent_buffers:  # no weight: it came with the program
+                continue
             owner, leaf = _owner(module, name)
             if id(old) not in ties:
                 value = weights[name]
                 ties[id(old)] = nn.Parameter(value, value.is_floating_point()) if name in described["parameters"] else value
             setattr(owner, leaf, ties[id(old)])
-        return cls(module, inputs, tuple(described["history"]))
+        kept = Plan.from_json(described["surgery"]) if "surgery" in described else None
+        return cls(module, inputs, tuple(described["history"]), kept)
 
 
 class _CountingInterpreter(fx.Interpreter):
@@ -292,44 +333,108 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Netw
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not _sound(value):
             raise TraceError(f"The weight '{name}' holds NaN or infinite values: load a sound checkpoint.")
-    model = copy.deepcopy(model).cpu().eval()
+    model = _plain(_copied(model).cpu().eval())
     inputs = tuple(x.detach().cpu() for x in inputs)
     try:
         with torch.no_grad():
-            model(*inputs)
+            outputs = model(*inputs)
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs)
         raise TraceError(
             f"The network does not run on the example inputs of shape {shapes}: {_first_line(error)}{_user_line(error)}. "
             "Give example_inputs as the network takes them, batch first."
         ) from error
-    return Network(_module(_export(model, inputs)), inputs)
+    _check_outputs(outputs)
+    kept = Plan({name: tuple(value.shape) for name, value in model.state_dict().items()})
+    return Network(_module(_export(model, inputs)), inputs, kept=kept)
+
+
+def _check_outputs(outputs: Any) -> None:
+    """Containers and leaves that a graph can return and a saved network can hold."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    strange = [x for x in leaves if not isinstance(x, Tensor | int | float | str | None)]
+    try:
+        pytree.treespec_dumps(spec)
+    except NotImplementedError:  # a named tuple
+        strange = [outputs]
+    if strange:
+        kind = type(strange[0]).__name__
+        cache = " (of a transformers model: set model.config.use_cache = False)" if "Cache" in kind else ""
+        raise TraceError(f"The network returns a {kind}: return tensors, or tuples, lists or dicts of tensors{cache}.")
+
+
+def _sound(value: Tensor) -> bool:
+    """Whether a parameter is finite; a buffer may be a mask, which holds -inf."""
+    masked = value.isneginf() if not isinstance(value, nn.Parameter) else torch.zeros_like(value, dtype=torch.bool)
+    return bool((value.isfinite() | masked).all())
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy; weights that a hook has computed, which torch refuses to copy, come detached."""
+    held = [t for m in model.modules() for t in _leaves(vars(m))]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if t.grad_fn is not None})
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Fold weight normalisation, spectral normalisation, pruning masks and every other parametrization into plain weights, in
+    place.
+
+    Slicing the factors of such a weight would change what is left of it, and a deployed file holds the product anyway.
+    """
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            module.__class__ = _twin(type(module))  # torch takes the property from the class, which the user's module shares
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        for hook in list(module._forward_pre_hooks.values()):  # the older way
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
+            elif isinstance(hook, BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+    return model
+
+
+def _twin(kind: type) -> type:
+    return type(kind.__name__, kind.__bases__, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
 
 
 def retrace(network: Network) -> Network:
     """The same network exported again: shapes and constants in its graph's metadata become those of the present weights."""
     fresh = network.copy().to("cpu").eval()
-    return Network(_module(_export(fresh.module, fresh.example_inputs)), fresh.example_inputs, fresh.history)
+    return Network(_module(_export(fresh.module, fresh.example_inputs)), fresh.example_inputs, fresh.history, fresh.kept)
 
 
 def export_program(network: Network) -> torch.export.ExportedProgram:
     """The network as an ``ExportedProgram`` in evaluation mode on the CPU, for exporters; its batch is dynamic."""
     fresh = network.copy().to("cpu").eval()
-    return _export(fresh.module, fresh.example_inputs)
+    return _contiguous_attention(_export(fresh.module, fresh.example_inputs))
+
+
+def _contiguous_attention(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Fix the strides of what attention gives, in place: torch's kernel gives others than the products that a converter puts in
+    its place, and the reshapes behind it would be decomposed for the wrong ones."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        with program.graph.inserting_after(node):
+            fixed = program.graph.call_function(torch.ops.aten.contiguous.default, (node,))
+        fixed.meta = {**node.meta, "val": node.meta["val"].contiguous()}
+        node.replace_all_uses_with(fixed, lambda user, fixed=fixed: user is not fixed and user.op != "output")
+    program.graph_module.recompile()
+    return program
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1)
     examples = _batch(inputs, EXPORT_BATCH)
-    # an exported *args module takes its shapes as one tuple; by-name matching is not needed, order is
-    shapes: Any = tuple({0: batch} for _ in examples)
+    shapes = _open_batch(module, batch, len(examples))
     first: Exception | None = None
     for strict in (False, True):
         try:
             with _quiet():
-                return torch.export.export(module, examples, dynamic_shapes=shapes, strict=strict)
+                return _any_strides(torch.export.export(module, examples, dynamic_shapes=shapes, strict=strict))
         except Exception as error:
             if first is not None:
                 line = _user_line(error) or _user_line(first)
@@ -338,10 +443,33 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
     raise AssertionError("unreachable")
 
 
+def _any_strides(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Make every view a reshape, in place.
+
+    ``torch.export`` writes a reshape as a view where the strides at hand allow one; another attention kernel, on another device
+    or after a converter's decomposition, gives other strides.
+    """
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    program.graph_module.recompile()
+    return program
+
+
+def _open_batch(module: nn.Module, batch: Any, count: int) -> tuple[Any, ...]:
+    """The dynamic shapes of ``count`` inputs; those that ``forward`` takes as ``*args`` stand in a tuple of their own."""
+    shapes = [{0: batch}] * count
+    if isinstance(module, fx.GraphModule):  # its inputs are flat, whatever forward says
+        return tuple(shapes)
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    named = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.VAR_POSITIONAL), count)
+    return tuple(shapes) if named >= count else (*shapes[:named], tuple(shapes[named:]))
+
+
 def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a graph module that knows it is in evaluation mode, as it was exported."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    inline_regions(module)
     module.training = False
     return module
 

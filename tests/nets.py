@@ -231,12 +231,145 @@ class ChannelAttention(nn.Module):
         return self.head(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
+class Packed(nn.Module):
+    """Queries, keys and values from one matrix, relative position biases, shifted windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.qkv, self.out = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.bias = nn.Parameter(torch.randn(4, 31))
+        self.register_buffer("places", torch.arange(16)[:, None] - torch.arange(16) + 15)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.patch(x).permute(0, 2, 3, 1)
+        n, h, w, c = x.shape
+        y = self.norm(x).roll((-2, -2), (1, 2)).view(n, 2, 4, 2, 4, c).transpose(2, 3).reshape(-1, 16, c)
+        q, k, v = self.qkv(y).reshape(-1, 16, 3, 4, 4).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / 2 + self.bias[:, self.places]).softmax(-1)
+        y = self.out((weights @ v).transpose(1, 2).flatten(2)).view(n, 2, 2, 4, 4, c).transpose(2, 3).reshape(n, h, w, c)
+        return self.head((x + y.roll((2, 2), (1, 2))).mean((1, 2)))
+
+
+class Rotary(nn.Module):
+    """A decoder's layer: rotated queries and keys, grouped heads, a gated feed-forward, root mean square norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.norm = nn.Linear(6, 16), nn.RMSNorm(16)
+        self.q, self.k, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 16)
+        self.up, self.down, self.head = nn.Linear(16, 48), nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def rotated(self, x):
+        angles = torch.outer(torch.arange(x.shape[2]), 0.1 ** torch.arange(2))
+        cos, sin = (f(torch.cat([angles, angles], -1)) for f in (torch.cos, torch.sin))
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    def forward(self, x):
+        x = self.inp(x)
+        n, t, c = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).view(n, t, -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = self.rotated(q), self.rotated(k).repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(y.transpose(1, 2).reshape(n, t, c))
+        gate, up = self.up(x).split(24, -1)
+        return self.head((x + self.down(F.silu(gate) * up)).mean(1))
+
+
+class Experts(nn.Module):
+    """A soft mixture of experts in einsums with and without '...', pairs of features in a bilinear layer, a dict of results."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.gate = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 16, 12) / 4), nn.Parameter(torch.randn(4, 12, 16) / 4)
+        self.pairs, self.head = nn.Bilinear(16, 10, 8), nn.Linear(8, 5)
+        self.side = nn.Linear(6, 10)
+
+    def forward(self, x):
+        y, gates = self.inp(x), self.gate(self.inp(x)).softmax(-1)
+        hidden = torch.einsum("...c,ech->...eh", y, self.up).relu()
+        y = y + torch.einsum("bneh,ehc->bnec", hidden, self.down).mul(gates[..., None]).sum(2)
+        return {"pairs": self.head(self.pairs(y, self.side(x)).relu().mean(1)), "gates": gates}
+
+
+class Cells(nn.Module):
+    """Recurrent cells step by step, and a projected LSTM behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(6, 8), nn.GRUCell(8, 10), nn.RNNCell(10, 8)
+        self.projected, self.head = nn.LSTM(8, 12, batch_first=True, proj_size=6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        h = c = x.new_zeros(x.shape[0], 8)
+        g, r, steps = x.new_zeros(x.shape[0], 10), x.new_zeros(x.shape[0], 8), []
+        for t in range(3):
+            h, c = self.lstm(x[:, t], (h, c))
+            g = self.gru(h, g)
+            r = self.rnn(g, r)
+            steps.append(r)
+        return self.head(self.projected(torch.stack(steps, 1))[0][:, -1])
+
+
+class Places(nn.Module):
+    """Positions that are chosen, sampled, scattered, transformed or folded while channels pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.offsets, self.mid = cbr(3, 8), nn.Conv2d(8, 2, 3, padding=1), cbr(8, 12, 3, 2)
+        self.patches, self.fold = nn.Linear(48, 40), cbr(10, 8)
+        self.spectrum = nn.Parameter(torch.randn(8, 8, 5, 2))
+        self.score, self.one, self.two = nn.Linear(8, 1), nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n = x.shape[0]
+        line = torch.linspace(-1, 1, 16)
+        grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1) + 0.1 * self.offsets(x).tanh().permute(0, 2, 3, 1)
+        x = self.mid(F.grid_sample(x, grid, align_corners=True))
+        columns = F.unfold(x, 2, stride=2).transpose(1, 2)
+        x = self.fold(F.fold(self.patches(columns).transpose(1, 2), (8, 8), 2, stride=2))
+        x = x + torch.fft.irfft2(torch.fft.rfft2(x) * torch.view_as_complex(self.spectrum), s=(8, 8))
+        x = x.flatten(2).transpose(1, 2)
+        best = self.score(x).topk(6, 1)[1].expand(-1, -1, 8)
+        y = torch.zeros(n, 3, 8).scatter_add(1, best % 3, x.gather(1, best))
+        return self.two(self.one(y).relu().sum(1))
+
+
+class OwnKernels(nn.Module):
+    """Convolutions whose weights are computed: standardised, mixed for each example, frozen under ``no_grad``."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.plain, self.gate = cbr(3, 8), nn.Conv2d(8, 12, 3, padding=1), nn.Linear(12, 4)
+        self.kernels = nn.Parameter(torch.randn(4, 10, 12, 3, 3) / 10)
+        self.norm, self.head = nn.GroupNorm(5, 10), Head(10)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.stem(x)
+        w = self.plain.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        x = F.conv2d(x, w, self.plain.bias, padding=1).relu()
+        n, c, h, w = x.shape
+        mixed = torch.einsum("nk,koihw->noihw", self.gate(x.mean((2, 3))).softmax(-1), self.kernels)
+        x = F.conv2d(x.reshape(1, n * c, h, w), mixed.reshape(n * 10, c, 3, 3), padding=1, groups=n).view(n, 10, h, w)
+        return self.head(self.norm(x).relu())
+
+
 def image(n):
     return (torch.randn(n, 3, 16, 16),)
 
 
 def sequence(n):
     return (torch.randn(n, 6, 10),)
+
+
+def steps(n):
+    return (torch.randn(n, 10, 6),)
 
 
 CNNS = {
@@ -258,7 +391,13 @@ OTHERS = {
     "generator": (Generator, lambda n: (torch.randn(n, 6),)),
     "lstm": (lambda: Recurrent("LSTM"), sequence),
     "gru": (lambda: Recurrent("GRU"), sequence),
-    "transformer": (Transformer, lambda n: (torch.randn(n, 10, 6),)),
+    "transformer": (Transformer, steps),
+    "packed": (Packed, image),
+    "rotary": (Rotary, steps),
+    "experts": (Experts, steps),
+    "cells": (Cells, steps),
+    "places": (Places, image),
+    "own-kernels": (OwnKernels, image),
 }
 ZOO = {**{name: (make, image) for name, make in CNNS.items()}, **OTHERS}
 

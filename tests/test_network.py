@@ -1,6 +1,7 @@
 import json
 import pickle
 import zipfile
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -82,6 +83,85 @@ def test_network_keeps_names_and_ties():
     network = trace(model, torch.zeros(1, 3, dtype=torch.int64))
     assert set(network.state_dict()) == set(model.state_dict())
     assert network.parameter_count == 40
+
+
+class Doubled(nn.Module):
+    """A parametrization that changes the shape."""
+
+    def forward(self, weight):
+        return torch.cat([weight, -weight])
+
+
+def parametrized(kind):
+    layer = nn.LSTM(6, 4, batch_first=True) if "lstm" in kind else nn.Linear(6, 4)
+    name = "weight_hh_l0" if "lstm" in kind else "weight"
+    if kind.endswith("doubled"):
+        nn.utils.parametrize.register_parametrization(layer, name, Doubled(), unsafe=True)
+        layer.bias = None
+    elif kind.endswith("pruned"):
+        nn.utils.prune.l1_unstructured(layer, name, 0.5)
+    else:
+        source = nn.utils if "old" in kind else nn.utils.parametrizations
+        getattr(source, kind.split()[-1])(layer, name)
+    return layer
+
+
+KINDS = ["weight_norm", "spectral_norm", "orthogonal", "doubled", "pruned", "old weight_norm", "old spectral_norm"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "lstm weight_norm", "lstm old weight_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_trace_folds_parametrizations_and_leaves_the_module_as_it_was(kind):
+    torch.manual_seed(0)
+    model, x = parametrized(kind), torch.randn(3, 5, 6)
+    model.train()(x)  # a power iteration of spectral_norm; the older hooks hold a weight with a gradient
+    before = {name: value.clone() for name, value in model.eval().state_dict().items()}
+    network = trace(model, x)
+    assert set(network.state_dict()) <= {"weight", "bias", "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"}
+    assert all(p.requires_grad for p in network.parameters())
+    mine, theirs = (f(x)[0] if "lstm" in kind else f(x) for f in (network, model))
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_network_keeps_buffers_that_are_no_weights(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+            self.register_buffer("positions", torch.arange(4.0), persistent=False)
+
+        def forward(self, x):
+            return (self.linear(x + self.positions) + self.mask).softmax(-1)
+
+    network, x = trace(Masked(), torch.randn(2, 4, 4)), torch.randn(3, 4, 4)
+    for turn in range(2):
+        network.save(tmp_path / f"{turn}")
+        loaded = Network.load(tmp_path / f"{turn}")
+        assert torch.equal(loaded(x), network(x))
+        network = loaded
+
+
+Pair = namedtuple("Pair", "a b")
+
+
+class Returning(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(2, 2), wrap
+
+    def forward(self, x):
+        return self.wrap(self.linear(x))
+
+
+def test_trace_takes_nested_outputs_and_names_those_that_it_cannot():
+    nested = trace(Returning(lambda y: {"a": y, "b": [y, (y + 1, None)]}), torch.ones(2, 2))
+    assert [x.shape for x in nested.predict(np.ones((3, 2), np.float32))] == [(3, 2)] * 3
+    for wrap, said in ((lambda y: Pair(y, y), "returns a Pair"), (lambda y: {"a": Mixed}, "returns a type")):
+        with pytest.raises(TraceError, match=f"{said}: return tensors, or tuples, lists or dicts of tensors"):
+            trace(Returning(wrap), torch.ones(2, 2))
 
 
 def test_network_copies_share_nothing(mixed):

@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from edgepress.compress.network import trace
 from edgepress.compress.pruning import analyse, channels_of, masked, relative_error, remove
+from edgepress.compress.pruning.analysis import NO_RULE, RULE_FAILED
+from edgepress.compress.pruning.inspection import frozen_by
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")  # torch says that it takes its slower way
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -84,7 +88,7 @@ def test_pruned_network_must_train(name):
     smaller = pruned(name, 0)[0].copy().train()
     before = {k: p.detach().clone() for k, p in smaller.module.named_parameters()}
     optimizer = torch.optim.SGD(smaller.parameters(), lr=0.01)
-    smaller(*inputs(4)).square().mean().backward()
+    sum(y.square().mean() for y in tree_leaves(smaller(*inputs(4)))).backward()
     optimizer.step()
     moved = [k for k, p in smaller.module.named_parameters() if not torch.equal(p, before[k])]
     assert len(moved) > 0.6 * len(before)
@@ -97,6 +101,28 @@ def test_every_hidden_channel_of_a_cnn_must_be_free(name):
     free = {axis[:2] for group in channels.groups for axis in group.axes}
     stuck = [n for n, p in network.module.named_parameters() if n.endswith("weight") and p.dim() == 4 and (n, 0) not in free]
     assert stuck == (["out.weight"] if name == "unet" else []), "filters that cannot go"
+
+
+HEADS = {"transformer": (4, 4), "packed": (4, 4), "rotary": (2, 2)}  # heads, and independent positions of each
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("attention", ["heads", "head_dim"])
+def test_attention_must_lose_heads_or_positions_of_every_head(name, attention):
+    network, _, _, inputs = analysed(name)
+    analysis = analyse(network, attention=attention)
+    channels = channels_of(analysis)
+    query = {"transformer": "encoder.layers.0.self_attn.in_proj_weight", "packed": "qkv.weight", "rotary": "q.weight"}[name]
+    (group,) = {g.axes: g for g in channels.groups if any(axis[:2] == (query, 0) for axis in g.axes)}.values()
+    assert len(group.channels) == HEADS[name][attention == "head_dim"]
+    gone = some(channels, 0, 0.5)
+    assert error(remove(network, analysis, gone), masked(analysis, gone), inputs(3)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", nets.ZOO)
+def test_no_rule_may_be_missing_or_fail(name):
+    reasons = {f.reason for f in frozen_by(analysed(name)[1])}
+    assert not [r for r in reasons if r == NO_RULE or r.startswith(RULE_FAILED)]
 
 
 def test_removal_must_leave_the_original_alone():

@@ -8,7 +8,9 @@ from torch import nn
 
 from edgepress.compress.network import trace
 from edgepress.compress.pruning import analyse, channels_of, inspect, masked, relative_error, remove
+from edgepress.compress.pruning.analysis import RULE_FAILED
 from edgepress.compress.pruning.rules import RULES
+from edgepress.compress.pruning.table import Rule
 
 
 class Apply(nn.Module):
@@ -47,17 +49,29 @@ def halved(network):
 
 
 def test_unknown_operator_must_freeze_and_be_named_with_the_users_line():
-    class Fourier(nn.Module):
+    class Exponential(nn.Module):
         def forward(self, x):
-            return torch.fft.rfft(x, dim=1).abs()
+            return torch.linalg.matrix_exp(x)
 
-    found = inspect(traced(Fourier(), channels=14))
+    found = inspect(traced(Exponential()))
     assert found.groups == ()
     unknown = [f for f in found.frozen if not f.known]
-    assert [f.operator for f in unknown] == ["fft_rfft"]
+    assert [f.operator for f in unknown] == ["linalg_matrix_exp"]
     assert ("a.weight", 0) in unknown[0].weights
     assert "test_pruning_rules.py, line " in unknown[0].line
-    assert "torch.fft.rfft" in unknown[0].line
+    assert "torch.linalg.matrix_exp" in unknown[0].line
+
+
+def test_a_rule_that_fails_must_freeze_and_say_so(monkeypatch):
+    def broken(a, c):
+        return {}["no such key"]
+
+    monkeypatch.setitem(RULES, "relu", Rule(broken))
+    found = inspect(traced(torch.relu))
+    assert found.groups == ()
+    (frozen,) = [f for f in found.frozen if f.operator == "relu"]
+    assert frozen.reason.startswith(RULE_FAILED)
+    assert "KeyError" in frozen.reason
 
 
 def test_inputs_and_outputs_must_stay():
@@ -141,6 +155,25 @@ def test_heads_hidden_in_a_symbolic_size_must_follow():
     assert smaller.module.get_parameter("a.weight").shape[0] == 4
     for batch in (1, 7):
         assert smaller(torch.randn(batch, 3, 6, 6)).shape == (batch, 4, 6, 6)
+
+
+def test_a_size_read_at_run_time_must_count_what_it_counted():
+    class Read(nn.Module):
+        def forward(self, x):
+            n, c, h, w = x.shape
+            y = x.reshape(n * c, h * w).relu()
+            return y.new_ones(y.shape[0], 1).add(y).reshape(n, c, h, w)
+
+    network = traced(Read())
+    graph = network.module.graph
+    (view,) = [n for n in calls(network, "reshape") if len(n.args[1]) == 2]
+    with graph.inserting_after(view):  # torch.export computes such sizes from the inputs' where it can
+        read = graph.call_function(torch.ops.aten.sym_size.int, (view, 0))
+    read.meta["val"] = view.meta["val"].shape[0]
+    (ones,) = calls(network, "new_ones")
+    ones.update_arg(1, [read, 1])
+    network.module.recompile()
+    assert halved(network).module.get_parameter("a.weight").shape[0] == 4
 
 
 def test_squeeze_must_not_drop_an_axis_of_one_channel():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,18 +16,19 @@ from .labels import Axes, Axis, Ids, Labels, axis, fixed, size
 from .rules import rule_of
 from .table import Unsupported, Value
 
-__all__ = ["NO_RULE", "Analysis", "Parameter", "Product", "analyse", "tensor_of"]
+__all__ = ["NO_RULE", "RULE_FAILED", "Analysis", "Attention", "Parameter", "Product", "analyse", "tensor_of"]
 
 NO_RULE = "no rule for this operator"
 """Why an unknown operator froze what it touches."""
 
-_ATTENTION = {"matmul", "bmm", "scaled_dot_product_attention", "einsum", "baddbmm"}
-_LAYOUT = {
-    "transpose", "permute", "view", "reshape", "select", "unsqueeze", "squeeze", "getitem", "unbind", "contiguous", "clone",
-    "expand", "slice", "split", "chunk", "mul", "add", "div", "cat", "softmax", "dropout", "neg", "to", "split_with_sizes",
-    "movedim", "unflatten", "flatten",
-}  # fmt: skip
-_LOOKAHEAD = 14  # operators between a split into heads and its attention product
+RULE_FAILED = "its rule failed"
+"""How the reason begins where a rule met something that it was not written for: a bug, but one that freezes."""
+
+Attention: TypeAlias = Literal["heads", "head_dim"]
+"""What goes from an attention: whole heads, or the same positions of every head."""
+
+_PRODUCTS = {"matmul", "bmm", "scaled_dot_product_attention", "einsum", "baddbmm"}
+_LAYERS = _PRODUCTS | {"mm", "addmm", "linear", "bilinear", "embedding", "conv1d", "conv2d", "conv3d", "lstm", "gru"}
 _PASSES = 4
 
 
@@ -40,10 +41,11 @@ class Parameter(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Multiply-accumulates of one example: ``factor`` times the sizes of ``axes``."""
+    """Multiply-accumulates of one example, done by the graph node of that name: ``factor`` times the sizes of ``axes``."""
 
     factor: float
     axes: Axes
+    node: str
 
 
 class Analysis:
@@ -63,7 +65,7 @@ class Analysis:
         splits: labelled splits, (node name, number) to ('outer' or 'inner', the labels kept).
     """
 
-    def __init__(self, module: fx.GraphModule, sides: dict[tuple[str, int], str] | None = None):
+    def __init__(self, module: fx.GraphModule, sides: dict[tuple[str, int], str] | None = None, attention: Attention = "heads"):
         self.module = module
         self.labels = Labels()
         self.values: dict[fx.Node, Value] = {}
@@ -74,6 +76,8 @@ class Analysis:
         self.pieces: list[Ids] = []
         self.splits: dict[tuple[str, int], tuple[str, Ids]] = {}
         self.sides = sides or {}
+        self._head_side = "outer" if attention == "heads" else "inner"
+        self._to_attention = _to_attention(module.graph)
         self._names: dict[int, str] = {}
         for node in module.graph.nodes:
             self.labels.context = node
@@ -93,10 +97,10 @@ class Analysis:
         return value
 
     def reshape(self, axes: Sequence[Axis], shape: Sequence[int], node: fx.Node) -> Axes:
-        """`Labels.reshape` with the choice of side: heads stay whole where attention follows, groups keep their number."""
+        """`Labels.reshape` with the choice of side: `Attention` where that follows; groups of channels keep their number."""
 
         def side(number: int) -> str:
-            return self.sides.get((node.name, number)) or ("outer" if _feeds_attention(node) else "inner")
+            return self.sides.get((node.name, number)) or (self._head_side if node in self._to_attention else "inner")
 
         out, kept = self.labels.reshape(axes, shape, side)
         self.splits.update({(node.name, i): (side(i), labels) for i, labels in kept.items()})
@@ -122,7 +126,7 @@ class Analysis:
         """The call multiplies and accumulates ``factor`` times the product of the sizes of ``axes``."""
         value = c.value[0] if isinstance(c.value, tuple | list) else c.value
         batched = any(not isinstance(n, int) for n in value.shape)
-        self.products.append(Product(factor / (EXPORT_BATCH if batched else 1), tuple(axes)))
+        self.products.append(Product(factor / (EXPORT_BATCH if batched else 1), tuple(axes), c.node.name))
 
     def take(self, a: Axis, start: int, stop: int, step: int = 1) -> Axis:
         """Positions ``start:stop:step`` of an axis; the part may not become empty."""
@@ -165,7 +169,7 @@ class Analysis:
             for one in labels:
                 if len(one) == 1:
                     self.labels.freeze(one, "an axis of one position")
-                elif not tensor.is_floating_point():
+                elif not (tensor.is_floating_point() or tensor.is_complex()):
                     self.labels.freeze(one, "a table of integers")
         known = self.parameters[first]
         if node.target not in known.names:
@@ -177,20 +181,23 @@ class Analysis:
             source = self.values.get(node.args[0])  # type: ignore[arg-type]
             return source[node.args[1]] if isinstance(source, list) else _fixed_value(node.meta.get("val"))  # type: ignore[index]
         call = Call(node)
-        rule = rule_of(node.target)
-        operands = [n for n in node.all_input_nodes if self.values.get(n) is not None]
-        if rule is None:
-            for operand in operands:
-                self._freeze(operand, NO_RULE)
-            return _fixed_value(call.value)
         try:
-            value = rule.relate(self, call)
-        except Unsupported as reason:
-            for operand in operands:
-                self._freeze(operand, str(reason))
-            return _fixed_value(call.value)
+            return self._ruled(call)
+        except Unsupported as why:
+            reason = str(why)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"{RULE_FAILED} ({type(error).__name__}: {error})"  # one operator's surprise must not cost the network
+        for operand in node.all_input_nodes:
+            self._freeze(operand, reason)
+        return _fixed_value(call.value)
+
+    def _ruled(self, call: Call) -> Value:
+        rule = rule_of(call.node.target)
+        if rule is None:
+            raise Unsupported(NO_RULE)
+        value = rule.relate(self, call)
         if isinstance(value, tuple) and isinstance(call.value, Tensor):
-            assert [size(a) for a in value] == call.shape, f"the rule for {call.name} gave axes that do not fit {call.shape}"
+            assert [size(a) for a in value] == call.shape, f"axes that do not fit {call.shape}"
         return value
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
@@ -199,10 +206,15 @@ class Analysis:
             self.labels.freeze_axes(axes or (), reason)
 
 
-def analyse(network: Network) -> Analysis:
+def analyse(network: Network, attention: Attention = "heads") -> Analysis:
     """Label every axis of a network's graph.
 
-    Where a split of a labelled axis (``view(b, heads, head_dim)``) ended up frozen, the other side is tried.
+    Where a split of a labelled axis (``view(b, heads, head_dim)``) ended up frozen, the other side is tried, for that split
+    and for all of them.
+
+    Args:
+        network: whatever `trace` gave; it stays as it was.
+        attention: 'heads' frees whole attention heads, 'head_dim' the positions inside them, the same ones in every head.
 
     Example:
         >>> import torch
@@ -211,7 +223,16 @@ def analyse(network: Network) -> Analysis:
         >>> [int((~found.labels.frozen(ids)).sum()) for ids in found.parameters["0.weight"].labels]
         [6, 0]
     """
-    best = Analysis(network.module)
+    best, settled = _analysed(network.module, attention)
+    if not settled:
+        other, _ = _analysed(network.module, "head_dim" if attention == "heads" else "heads")
+        best = other if _freedom(other) > _freedom(best) else best
+    return best
+
+
+def _analysed(module: fx.GraphModule, attention: Attention) -> tuple[Analysis, bool]:
+    """The best analysis of a few, with the other side of splits that ended up frozen; whether the first had none of those."""
+    best = Analysis(module, attention=attention)
     sides: dict[tuple[str, int], str] = {}
     for _ in range(_PASSES - 1):
         dead = {
@@ -222,17 +243,15 @@ def analyse(network: Network) -> Analysis:
         if not dead:
             break
         sides |= dead
-        other = Analysis(network.module, sides)
+        other = Analysis(module, sides, attention)
         if _freedom(other) >= _freedom(best):
             best = other
-    return best
+    return best, not sides
 
 
 def _freedom(analysis: Analysis) -> int:
-    """How many classes could go."""
-    labels = [ids for p in analysis.parameters.values() for ids in p.labels]
-    flat = [analysis.labels.find(ids)[~analysis.labels.frozen(ids)] for ids in labels]
-    return len({int(x) for ids in flat for x in ids})
+    """How many positions of weights could go."""
+    return sum(int((~analysis.labels.frozen(ids)).sum()) for p in analysis.parameters.values() for ids in p.labels)
 
 
 def tensor_of(module: torch.nn.Module, name: str) -> Tensor | None:
@@ -249,23 +268,17 @@ def _fixed_value(value: Any) -> Value:
     return None
 
 
-def _feeds_attention(node: fx.Node) -> bool:
-    """Whether what comes out soon enters a product of two activations."""
-    todo: list[tuple[fx.Node, int]] = [(node, 0)]
-    seen: set[fx.Node] = set()
-    while todo:
-        at, depth = todo.pop()
-        for user in _calls(at.users):
-            if user in seen:
-                continue
-            seen.add(user)
+def _to_attention(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose result enters a product of two activations before it meets a weight: there its channels are heads."""
+    active: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(n in active for n in node.all_input_nodes):
+            active.add(node)
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for user in node.users:
             name = operator_name(user.target)
-            if name in _ATTENTION:
-                return True
-            if name in _LAYOUT and depth < _LOOKAHEAD:
-                todo.append((user, depth + 1))
-    return False
-
-
-def _calls(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    return [n for n in nodes if n.op == "call_function"]
+            product = name in _PRODUCTS and sum(n in active for n in user.all_input_nodes) > 1
+            if product or (user in found and name not in _LAYERS):
+                found.add(node)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -35,11 +36,17 @@ def operator_name(target: Any) -> str:
     return name[:-1] if name.endswith("_") and not name.startswith("__") else name
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
 def user_line(node: fx.Node) -> str:
-    """'net.py, line 12 (`x = x.fft()`)': the innermost line of the user's own code; '' where it is not known."""
-    trace = node.meta.get("stack_trace") or ""
+    """'net.py, line 12 (`x = x.fft()`)': the innermost line of the model's code; '' where it is not known.
+
+    A model's code is whatever is not PyTorch's: a library of models counts. Constants have the line that uses them first.
+    """
+    trace = node.meta.get("stack_trace") or next((n.meta["stack_trace"] for n in node.users if n.meta.get("stack_trace")), "")
     lines = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    own = [x for x in lines if not re.search(r"site-packages|dist-packages|<eval_with_key>|<frozen", x[0])]
+    own = [x for x in lines if not x[0].startswith((_TORCH, "<"))]
     return f"{own[-1][0]}, line {own[-1][1]} (`{own[-1][2].strip()}`)" if own else ""
 
 

@@ -126,6 +126,6 @@ def _scatter(small: Tensor, masks: list[NDArray[np.bool_]]) -> Tensor:
         if not mask.all():
             shape = list(small.shape)
             shape[dim] = len(mask)
-            full = torch.randn(shape, dtype=small.dtype, device=small.device)
+            full = torch.rand(shape, dtype=small.dtype, device=small.device) / 2 + 0.25  # roots and logarithms take it too
             small = full.index_copy_(dim, torch.from_numpy(np.flatnonzero(mask)).to(small.device), small)
     return small

@@ -76,18 +76,23 @@ class Cut:
         if isinstance(old, int):
             return kept
         # batch * heads, say: the batch is in the expression, the heads are hidden in it
-        assert self._copies is not None
         assert self._at is not None
-        at, common = self._copies[self._at], math.gcd(kept, full)
+        common = math.gcd(kept, full)
+        scaled = self.inserted(self._at, operator.mul, old, kept // common)
+        return self.inserted(self._at, operator.floordiv, scaled, full // common)
+
+    def inserted(self, before: fx.Node, target: Any, *args: Any) -> fx.Node:
+        """A new call in the graph that is rewritten, before the place of a node of the analysed one."""
+        assert self._copies is not None
+        at = self._copies[before]
         with at.graph.inserting_before(at):
-            scaled = at.graph.call_function(operator.mul, (self._copies[old], kept // common))
-            return at.graph.call_function(operator.floordiv, (scaled, full // common))
+            return at.graph.call_function(target, fx.map_arg(args, lambda n: self._copies.get(n, n)))  # type: ignore[union-attr, arg-type]
 
     def arguments(self, node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """(target, args, kwargs) of a call afterwards, in terms of the analysed graph's nodes."""
         rule = rule_of(node.target)
         same = (node.target, node.args, dict(node.kwargs))
-        if rule is None or rule.rewrite is None or self.analysis.values.get(node) is None or not self.touches(node):
+        if rule is None or rule.rewrite is None or not self.touches(node):
             return same
         self._at = node
         call = Call(node)
@@ -144,7 +149,8 @@ def remove(network: Network, analysis: Analysis, removed: Iterable[int]) -> Netw
                 there.kwargs = fx.map_arg(kwargs, lambda n: copies.get(n, n))
     module.graph.lint()
     module.recompile()
-    smaller = retrace(Network(module, network.example_inputs, network.history)).to(network.device)
+    kept = network.kept.after(_masks(cut))
+    smaller = retrace(Network(module, network.example_inputs, network.history, kept)).to(network.device)
     for name, parameter in smaller.module.named_parameters():
         parameter.requires_grad_(network.module.get_parameter(name).requires_grad)
     return smaller.eval()
@@ -168,6 +174,12 @@ def _slice_weights(module: fx.GraphModule, cut: Cut) -> None:
         for name in parameter.names:  # tied weights stay tied
             path, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(path), leaf, value)
+
+
+def _masks(cut: Cut) -> dict[str, list[NDArray[np.bool_]]]:
+    """For each weight, under every name it has, which positions of each axis stay."""
+    parameters = cut.analysis.parameters.values()
+    return {name: [cut.keep(ids) for ids in p.labels] for p in parameters for name in p.names}
 
 
 def sliced(tensor: Tensor, masks: Sequence[NDArray[np.bool_]]) -> Tensor:

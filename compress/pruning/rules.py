@@ -28,7 +28,7 @@ def rule_of(target: Any) -> Rule | None:
     Example:
         >>> rule_of(torch.ops.aten.conv2d.default) is RULES["conv2d"]
         True
-        >>> rule_of(torch.ops.aten.fft_fft.default) is None
+        >>> rule_of(torch.ops.aten.linalg_matrix_exp.default) is None
         True
     """
     known = RULES.get(operator_name(target))

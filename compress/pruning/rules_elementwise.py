@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .call import Call, hint, shape_of
-from .labels import Axes, axis
-from .table import Table, Unsupported, Value
+from .labels import Axes, axis, fixed, size
+from .table import Replacement, Table, Unsupported, Value
 
 if TYPE_CHECKING:
     from .analysis import Analysis
+    from .rewrite import Cut
 
 __all__ = ["TABLE", "elementwise"]
 
@@ -24,7 +26,9 @@ TABLE = Table()
     "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "clone", "alias", "detach", "to",
     "_to_copy", "lift_fresh_copy", "copy", "masked_fill", "where", "zeros_like", "ones_like", "full_like", "empty_like",
     "rand_like", "randn_like", "bernoulli", "addcmul", "addcdiv", "fill", "zero", "hardtanh", "relu6", "hardswish",
-    "hardsigmoid", "leaky_relu", "selu", "rrelu", "logical_not", "softplus", "float",
+    "hardsigmoid", "leaky_relu", "selu", "rrelu", "logical_not", "softplus", "float", "multiply", "subtract", "divide",
+    "true_divide", "square", "absolute", "negative", "clip", "float_power", "greater", "greater_equal", "less", "less_equal",
+    "not_equal", "nan_to_num", "isclose", "isfinite", "isinf",
 )  # fmt: skip
 def elementwise(a: Analysis, c: Call) -> Value:
     """Joins all operands position by position, broadcasting."""
@@ -44,9 +48,18 @@ def _nothing(a: Analysis, c: Call) -> Value:
 
 @TABLE.rule("sym_size")
 def _sym_size(a: Analysis, c: Call) -> Value:
-    # A size that is read at run time shrinks by itself; what is computed from it would then be rewritten twice.
-    a.labels.freeze_axis(a.axes(c["self"])[c["dim"]], "its size is read at run time")
     return None
+
+
+@_sym_size.rewrites
+def _(cut: Cut, c: Call) -> dict[str, Any] | Replacement:
+    # A size that is read at run time shrinks by itself; all that is computed from it is written for what it was.
+    ax = cut.axes(c["self"])[c["dim"]]
+    kept, full = cut.kept(ax), size(ax)
+    if kept == full:
+        return {}
+    read = cut.inserted(c.node, c.node.target, *c.node.args)
+    return Replacement(operator.floordiv, (cut.inserted(c.node, operator.mul, read, full), kept))
 
 
 @TABLE.rule("prelu")
@@ -156,6 +169,43 @@ TABLE.rule("upsample_linear1d")(_spatial(1))
 TABLE.rule("upsample_trilinear3d")(_spatial(3))
 for _name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"):
     TABLE.rule(_name)(_spatial(2))
+
+
+@TABLE.rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def _grid_sampler(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["input"])
+    a.labels.freeze_axes([*x[2:], *a.axes(c["grid"])], "sampled at places")
+    return (*x[:2], *fixed(c.shape[2:]))
+
+
+# ---- complex numbers and spectra
+
+
+@TABLE.rule("view_as_complex")
+def _view_as_complex(a: Analysis, c: Call) -> Value:
+    x = a.axes(c["self"])
+    a.labels.freeze_axis(x[-1], "the parts of a complex number")
+    return x[:-1]
+
+
+@TABLE.rule("view_as_real")
+def _view_as_real(a: Analysis, c: Call) -> Value:
+    return (*a.axes(c["self"]), axis(2))
+
+
+def _spectrum(a: Analysis, c: Call) -> Value:
+    x, shape = list(a.axes(c["self"])), c.shape
+    for d in c.dims(len(x)):
+        a.labels.freeze_axis(x[d], "transformed")
+        x[d] = axis(shape[d])
+    return tuple(x)
+
+
+for _kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+    for _dims in ("", "2", "n"):
+        TABLE.rule(f"fft_{_kind}{_dims}")(_spectrum)
+for _name in ("fft_fftshift", "fft_ifftshift"):
+    TABLE.rule(_name)(_spectrum)
 
 
 @TABLE.rule("tril", "triu")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import fx
 
-from .call import Call
-from .labels import Axes, Axis, axis, size
+from .call import Call, shape_of
+from .labels import Axes, Axis, axis, fixed, size
 from .table import Table, Unsupported, Value
 
 if TYPE_CHECKING:
@@ -65,13 +66,10 @@ def _product_plus(a: Analysis, c: Call) -> Value:
 
 @TABLE.rule("einsum")
 def _einsum(a: Analysis, c: Call) -> Value:
-    equation = c["equation"].replace(" ", "")
-    if "." in equation or "->" not in equation:
-        raise Unsupported("an einsum with '...' or without '->'")
-    terms, _, out = equation.partition("->")
+    terms, out = _letters(c["equation"], [len(a.axes(operand)) for operand in c["tensors"]])
     joined: dict[str, Axis] = {}
     first: dict[str, tuple[fx.Node, int]] = {}
-    for term, operand in zip(terms.split(","), c["tensors"], strict=True):
+    for term, operand in zip(terms, c["tensors"], strict=True):
         if len(set(term)) != len(term):
             raise Unsupported("an einsum that takes a diagonal")
         for d, (letter, ax) in enumerate(zip(term, a.axes(operand), strict=True)):
@@ -86,6 +84,69 @@ def _einsum(a: Analysis, c: Call) -> Value:
     if len(c["tensors"]) == 2:
         a.counts(c, list(joined.values()))
     return tuple(joined[letter] for letter in out)
+
+
+def _letters(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The terms of an einsum and its result, one letter for each axis: '...' spelled out, the result where it is implied.
+
+    Example:
+        >>> _letters("...c, ch -> ...h", [3, 2]), _letters("ij,jk", [2, 2])
+        ((['αβc', 'ch'], 'αβh'), (['ij', 'jk'], 'ik'))
+    """
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = left.replace(",", "").replace(".", "")
+        out = ("..." if "..." in left else "") + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    spread = [n - len(term.replace("...", "")) if "..." in term else 0 for term, n in zip(terms, ranks, strict=True)]
+    dots = "αβγδεζηθικλμ"[: max(spread)]
+    return [term.replace("...", dots[len(dots) - n :]) for term, n in zip(terms, spread, strict=True)], out.replace("...", dots)
+
+
+@TABLE.rule("bilinear")
+def _bilinear(a: Analysis, c: Call) -> Value:
+    x, y, weight = a.axes(c["input1"]), a.axes(c["input2"]), a.axes(c["weight"])
+    for dim, operand in ((1, x), (2, y)):
+        a.labels.unify(operand[-1], weight[dim])
+        a.contracts(c, c["weight"], dim)
+    lead = a.labels.broadcast([x[:-1], y[:-1]])
+    a.counts(c, [*lead, *weight])
+    out = weight[0] if c["bias"] is None else a.labels.unify(weight[0], a.axes(c["bias"])[0])
+    return (*lead, out)
+
+
+@TABLE.rule("grouped_mm_fallback", "_grouped_mm")
+def _grouped_product(a: Analysis, c: Call) -> Value:
+    """Experts: rows ``[S, K]`` in consecutive parts, each times its own matrix of ``[E, K, N]``."""
+    left, right, ends = c.node.all_input_nodes[:3]
+    x, weight = a.axes(left), a.axes(right)
+    if (len(x), len(weight)) != (2, 3):
+        raise Unsupported("a grouped product of other ranks")
+    a.labels.freeze_axes([x[0], weight[0], *a.axes(ends)], "the experts of a mixture")
+    inner = a.labels.unify(x[1], weight[1])
+    a.contracts(c, right, 1)
+    a.counts(c, [x[0], inner, weight[2]])
+    return (x[0], weight[2])
+
+
+@TABLE.rule("cdist", "_cdist_forward")
+def _cdist(a: Analysis, c: Call) -> Value:
+    x, y = a.axes(c["x1"]), a.axes(c["x2"])
+    a.labels.unify(x[-1], y[-1])
+    a.contracts(c, c["x1"], len(x) - 1)
+    a.contracts(c, c["x2"], len(y) - 1)
+    return (*a.labels.broadcast([x[:-2], y[:-2]]), x[-2], y[-2])
+
+
+@TABLE.rule("cosine_similarity")
+def _cosine(a: Analysis, c: Call) -> Value:
+    x, y = a.axes(c["x1"]), a.axes(c["x2"])
+    both = a.labels.broadcast([x, y])
+    d = c["dim"] % len(both)
+    for name, operand in (("x1", x), ("x2", y)):
+        if len(operand) == len(both):
+            a.contracts(c, c[name], d)
+    return (*both[:d], *both[d + 1 :])
 
 
 @TABLE.rule("scaled_dot_product_attention")
@@ -121,13 +182,43 @@ def _groups(c: Call) -> int:
     return c["groups"]
 
 
-@TABLE.rule("conv1d", "conv2d", "conv3d")
-def _conv(a: Analysis, c: Call) -> Value:
-    x, weight, groups = a.axes(c["input"]), a.axes(c["weight"]), _groups(c)
-    rank = len(weight) - 2
-    channels, out = x[-rank - 1], weight[0]
+def _space(a: Analysis, c: Call, x: Axes, weight: Axes) -> tuple[Axes, float]:
+    """The spatial axes of a convolution's result, and by what its multiply-accumulates per position are to be taken times.
+
+    A kernel of one position leaves them alone: such convolutions also mix channels that stand somewhere else.
+    """
+    rank, lead = len(weight) - 2, math.prod(c.shape[: 1 - len(weight)])
+    plain = {"stride": 1, "padding": 0, "dilation": 1}
+    if not any(weight[2:]) and all(set(c[k]) <= {n} for k, n in plain.items() if not isinstance(c[k], str)):
+        return x[-rank:], lead
     a.labels.freeze_axes(x[-rank:], "spatial")
     a.labels.freeze_axes(weight[2:], KERNEL)
+    return fixed(c.shape[-rank:]), lead
+
+
+def _conv_of_each(a: Analysis, c: Call) -> Value:
+    """A convolution with weights of its own for each example, as one with a group for each: ``[1, B * C, ...]``."""
+    x, weight = a.axes(c["input"]), a.axes(c["weight"])
+    groups = size(x[1]) // size(weight[1])
+    if c["bias"] is not None or size(x[1]) % groups or size(weight[0]) % groups or not c.symbolic(1):
+        raise Unsupported("a number of groups that depends on the batch")
+    batch, channels = a.reshape([x[1]], [groups, size(x[1]) // groups], c.node)
+    _, out = a.reshape([weight[0]], [groups, size(weight[0]) // groups], c.node)
+    a.labels.unify(channels, weight[1])
+    a.contracts(c, c["weight"], 1)
+    space, factor = _space(a, c, x, weight)
+    a.counts(c, [*weight, *space], factor)
+    return (x[0], batch + out, *space)
+
+
+@TABLE.rule("conv1d", "conv2d", "conv3d")
+def _conv(a: Analysis, c: Call) -> Value:
+    if not isinstance(c["groups"], int):
+        return _conv_of_each(a, c)
+    x, weight, groups = a.axes(c["input"]), a.axes(c["weight"]), c["groups"]
+    rank = len(weight) - 2
+    channels, out = x[-rank - 1], weight[0]
+    space, factor = _space(a, c, x, weight)
     width = size(channels) // groups
     if groups == 1:
         a.labels.unify(channels, weight[1])
@@ -140,8 +231,8 @@ def _conv(a: Analysis, c: Call) -> Value:
         a.labels.unify(axis(width, inside), weight[1])
     if width > 1 or groups == 1:
         a.contracts(c, c["weight"], 1)
-    a.counts(c, weight, math.prod(c.shape[-rank:]) * _lead(c, rank))
-    return _with_bias(a, c, (*x[: -rank - 1], out, *[axis(n) for n in c.shape[-rank:]]), rank)
+    a.counts(c, [*weight, *space], factor)
+    return _with_bias(a, c, (*x[: -rank - 1], out, *space), rank)
 
 
 @TABLE.rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -165,12 +256,8 @@ def _conv_transpose(a: Analysis, c: Call) -> Value:
         out = axis(size(out) * groups, np.tile(a.labels.positions(out), groups))
     if width > 1 or groups == 1:
         a.contracts(c, c["weight"], 0)
-    a.counts(c, weight, spatial * _lead(c, rank))
+    a.counts(c, weight, spatial * math.prod(c.shape[: -rank - 1]))
     return _with_bias(a, c, (*x[: -rank - 1], out, *[axis(n) for n in c.shape[-rank:]]), rank)
-
-
-def _lead(c: Call, rank: int) -> int:
-    return math.prod(c.shape[: -rank - 1])
 
 
 def _with_bias(a: Analysis, c: Call, out: Axes, rank: int) -> Axes:
@@ -185,7 +272,7 @@ def _with_bias(a: Analysis, c: Call, out: Axes, rank: int) -> Axes:
 def _(cut: Cut, c: Call) -> dict[str, Any]:
     rank = len(cut.axes(c["weight"])) - 2
     channels = cut.axes(c["input"])[-rank - 1]
-    depthwise = c["groups"] > 1 and c["groups"] == size(channels)
+    depthwise = isinstance(c["groups"], int) and c["groups"] > 1 and c["groups"] == size(channels)
     return {"groups": cut.kept(channels)} if depthwise else {}
 
 
@@ -199,6 +286,8 @@ def _batch_norm(a: Analysis, c: Call) -> Value:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if c[name] is not None:
             channels = a.labels.unify(a.axes(c[name])[0], channels)
+    if c["running_mean"] is None:  # the statistics are the input's own
+        a.mixes(c, x[0], *x[2:])
     return (x[0], channels, *x[2:])
 
 
@@ -230,8 +319,7 @@ def _group_norm(a: Analysis, c: Call) -> Value:
     labels = a.labels.flat(channels)
     if labels is not None and groups not in (1, len(labels)):
         a.labels.tie(labels, groups, len(labels) // groups, keep="inner")
-    if groups < size(channels):
-        a.mixes(c, channels)
+    a.mixes(c, *x[2:], *([channels] if groups < size(channels) else []))
     return (x[0], channels, *x[2:])
 
 
@@ -250,6 +338,13 @@ def _weight_norm(a: Analysis, c: Call) -> Value:
 
 
 # ---- embeddings
+
+
+@TABLE.rule("embedding_bag")
+def _embedding_bag(a: Analysis, c: Call) -> Value:
+    weight, rest = a.axes(c["weight"]), c.value[1:]
+    a.labels.freeze_axis(weight[0], "the rows of an embedding")
+    return [(axis(shape_of(c.value[0])[0]), *weight[1:]), *[fixed(shape_of(t)) for t in rest]]
 
 
 @TABLE.rule("embedding")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from ..network import EXPORT_BATCH
 from .call import Call, hint
 from .labels import Axes, Axis, axis, fixed, size
 from .table import Replacement, Table, Unsupported, Value
@@ -108,9 +109,12 @@ def _movedim(a: Analysis, c: Call) -> Value:
 
 
 def _fresh(a: Analysis, c: Call, d: int) -> Axis:
-    """An axis of a constant: it follows whatever it meets, and its size is rewritten."""
+    """An axis of a constant: it follows whatever it meets, and its size is rewritten. A batch hides other counts behind it."""
     n = c.shape[d]
-    return axis(n, None if c.symbolic(d) or n == 1 else a.labels.new(n, soft=True))
+    batch, rest = (EXPORT_BATCH, n // EXPORT_BATCH) if c.symbolic(d) and n % EXPORT_BATCH == 0 else (1, n)
+    if (c.symbolic(d) and batch == 1) or rest == 1:
+        return axis(n)
+    return axis(batch) + axis(rest, a.labels.new(rest, soft=True))
 
 
 @TABLE.rule("expand", "broadcast_to")
@@ -336,8 +340,8 @@ def _index_select(a: Analysis, c: Call) -> Value:
     return tuple(x)
 
 
-@TABLE.rule("index")
-def _index(a: Analysis, c: Call) -> Value:
+def _indexed(a: Analysis, c: Call) -> tuple[Axes, int, int]:
+    """The axes of ``self[indices]``, and from where to where the indices' own axes stand among them."""
     x = a.axes(c["self"])
     at = {d: n for d, n in enumerate(c["indices"]) if n is not None}
     if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in at.values()):
@@ -347,9 +351,60 @@ def _index(a: Analysis, c: Call) -> Value:
     places = sorted(at)
     adjacent = places == list(range(places[0], places[-1] + 1))
     where = places[0] if adjacent else 0  # NumPy's rule: separated indices put their result first
-    rank = max(len(a.axes(n)) for n in at.values())
+    shape = np.broadcast_shapes(*[[size(ax) for ax in a.axes(n)] for n in at.values()])
     rest: Axes = tuple(ax for d, ax in enumerate(x) if d not in at)
-    return (*rest[:where], *fixed(c.shape[where : where + rank]), *rest[where:])
+    return (*rest[:where], *fixed(shape), *rest[where:]), where, where + len(shape)
+
+
+@TABLE.rule("index")
+def _index(a: Analysis, c: Call) -> Value:
+    return _indexed(a, c)[0]
+
+
+@TABLE.rule("index_put")
+def _index_put(a: Analysis, c: Call) -> Value:
+    a.labels.broadcast([_indexed(a, c)[0], a.axes(c["values"])])
+    return a.axes(c["self"])
+
+
+@TABLE.rule("index_add", "index_copy", "index_reduce")
+def _index_add(a: Analysis, c: Call) -> Value:
+    x, source = list(a.axes(c["self"])), list(a.axes(c["source"]))
+    d = c["dim"] % len(x)
+    a.labels.freeze_axes([x[d], source[d]], "indexed")
+    place, x[d], source[d] = x[d], (), ()
+    joined = list(a.labels.broadcast([tuple(x), tuple(source)]))
+    joined[d] = place
+    return tuple(joined)
+
+
+def _beside(a: Analysis, axes: Axes, others: Axes, d: int, what: str) -> Axes:
+    """Join two tensors along all dimensions but ``d``; where one has fewer positions than the other, both stay."""
+    a.labels.freeze_axes([axes[d], others[d]], what)
+    out: list[Axis] = []
+    for i, (x, y) in enumerate(zip(axes, others, strict=True)):
+        same = i != d and size(x) == size(y)
+        if not same:
+            a.labels.freeze_axes([x, y], what)
+        out.append(a.labels.unify(x, y) if same else y)
+    return tuple(out)
+
+
+@TABLE.rule("gather", "take_along_dim")
+def _gather(a: Analysis, c: Call) -> Value:
+    if c.get("dim") is None:
+        raise Unsupported("runs over the flattened tensor")
+    x, index = a.axes(c["self"]), a.axes(c["index" if "index" in c else "indices"])
+    return _beside(a, x, index, c["dim"] % max(len(x), 1), "indexed")
+
+
+@TABLE.rule("scatter", "scatter_add", "scatter_reduce")
+def _scatter(a: Analysis, c: Call) -> Value:
+    x, d = a.axes(c["self"]), c["dim"] % max(len(a.axes(c["self"])), 1)
+    for name in ("index", "src"):
+        if isinstance(c.get(name), fx.Node):
+            _beside(a, x, a.axes(c[name]), d, "indexed")
+    return x
 
 
 # ---- windows and shuffles
@@ -369,6 +424,18 @@ def _im2col(a: Analysis, c: Call) -> Value:
     x, kernel = a.axes(c["self"]), c["kernel_size"]
     a.labels.freeze_axes(x[-2:], "windowed")
     return (*x[:-3], x[-3] + axis(kernel[0] * kernel[1]), axis(c.shape[-1]))
+
+
+@TABLE.rule("col2im")
+def _col2im(a: Analysis, c: Call) -> Value:
+    x, shape, kernel = a.axes(c["self"]), c.shape, c["kernel_size"]
+    a.labels.freeze_axis(x[-1], "windowed")
+    labels = a.labels.flat(x[-2])
+    if labels is not None:
+        labels = a.labels.tie(labels, shape[-3], kernel[0] * kernel[1], keep="outer")
+        if len(labels) == 1:
+            a.labels.freeze(labels, "an axis of one position")
+    return (*x[:-2], axis(shape[-3], labels), *fixed(shape[-2:]))
 
 
 @TABLE.rule("pixel_shuffle")
