@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,8 @@ def describe(value: Any) -> dict[str, Any]:
             plain[field.name] = item
         elif is_dataclass(item) and not isinstance(item, type):
             plain[field.name] = {type(item).__name__.lower(): describe(item)}
-        elif not isinstance(item, Network | Path):
+        elif isinstance(item, Mapping):
+            plain[field.name] = dict(item) or None
+        elif not (isinstance(item, Network | Path) or callable(getattr(item, "seconds", None))):
             plain[field.name] = str(item)
     return {name: item for name, item in plain.items() if item is not None}

@@ -23,7 +23,7 @@ from .passes import describe
 from .progress import bar
 from .task import Task, input_batches, training_batches
 
-__all__ = ["Branch", "Shorten", "branches", "without"]
+__all__ = ["Branch", "Shorten", "branches", "left_out", "without"]
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
@@ -224,7 +224,7 @@ def _cheapest(
     for branch in sorted(shares, key=lambda b: changes.get(b.parameters, -math.inf) / shares[b]):
         if changes.get(branch.parameters, -math.inf) / shares[branch] >= least:
             break
-        with _left_out(network, branch), torch.inference_mode():
+        with left_out(network, branch), torch.inference_mode():
             pairs = zip(_outputs(network, inputs), wanted, strict=True)
             changes[branch.parameters] = sum(float(output_distance(a, b)) for a, b in pairs) / len(wanted)
         if changes[branch.parameters] / shares[branch] < least:
@@ -233,7 +233,7 @@ def _cheapest(
 
 
 @contextlib.contextmanager
-def _left_out(network: Network, branch: Branch) -> Iterator[None]:
+def left_out(network: Network, branch: Branch) -> Iterator[None]:
     """Inside, the addition's readers read its other operand; much cheaper than `without`, which exports again."""
     node = next(n for n in network.module.graph.nodes if n.name == branch.addition)
     other = node.args[1 - branch.operand]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from .network import Network
 from .progress import bar
 from .task import Task, epoch_length, score, training_batches
 
-__all__ = ["Precision", "Schedule", "fastest_precision", "fit"]
+__all__ = ["Precision", "Schedule", "fastest_precision", "fit", "hold_zeros"]
 
 BatchLoss = Callable[[Any, tuple[Tensor, ...], Any], Tensor]
 """(the network's outputs, the batch's inputs, its targets or None) to a scalar."""
@@ -130,7 +130,7 @@ def fit(
     if checkpoint is not None:
         run.resume(checkpoint)
     metric, metric_seconds = "", 0.0
-    with bar(title) as update:
+    with bar(title) as update, hold_zeros(network):
         while run.progress() < 1.0:
             started = time.monotonic()
             steps, mean = _epoch(run, task, loss, precision, lambda done, text, metric=metric: update(done, f"{text}  {metric}"))
@@ -155,6 +155,36 @@ def fit(
         "precision": asdict(precision),
         "losses": run.losses,
     }
+
+
+@contextlib.contextmanager
+def hold_zeros(network: Network) -> Iterator[None]:
+    """Inside, the weights that `Sparsify` set to zero get no gradient, so that they stay zero.
+
+    Which they are, the history and the weights say: this holds for copies, loaded networks and those pruned since. A fresh
+    optimizer, or one resumed from a run inside, leaves a weight at zero that has no gradient.
+
+    Example:
+        >>> import torch
+        >>> from edgepress.compress.network import trace
+        >>> network = trace(torch.nn.Linear(2, 1), torch.zeros(1, 2))
+        >>> network.module.get_parameter("weight").data[0, 1] = 0.0
+        >>> network = network.then(**{"pass": "Sparsify"}, found={"layers": [{"weight": "weight"}]})
+        >>> with hold_zeros(network):
+        ...     network(torch.ones(1, 2)).sum().backward()
+        >>> network.module.get_parameter("weight").grad
+        tensor([[1., 0.]])
+    """
+    parameters = dict(network.module.named_parameters(remove_duplicate=False))
+    passes = [entry for entry in network.history if entry["pass"] == "Sparsify"]
+    names = {layer["weight"] for entry in passes for layer in entry["found"]["layers"]}
+    masks = {name: parameters[name].detach() != 0 for name in names if name in parameters and parameters[name].requires_grad}
+    handles = [parameters[name].register_hook(lambda g, mask=mask: g * mask) for name, mask in masks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _epoch(run: _Run, task: Task, loss: BatchLoss, precision: Precision, show: Callable[..., None]) -> tuple[int, float]:

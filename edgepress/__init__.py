@@ -25,16 +25,25 @@ if TYPE_CHECKING:
     from edgepress.compress.errors import UserError as UserError
     from edgepress.compress.network import Network as Network
     from edgepress.compress.network import trace as trace
+    from edgepress.compress.pruning import OBD as OBD
+    from edgepress.compress.pruning import Activation as Activation
+    from edgepress.compress.pruning import BatchNormScale as BatchNormScale
+    from edgepress.compress.pruning import Fisher as Fisher
+    from edgepress.compress.pruning import GeometricMedian as GeometricMedian
+    from edgepress.compress.pruning import Lamp as Lamp
     from edgepress.compress.pruning import Magnitude as Magnitude
     from edgepress.compress.pruning import Prune as Prune
     from edgepress.compress.pruning import Random as Random
     from edgepress.compress.pruning import Taylor as Taylor
     from edgepress.compress.pruning import inspect as inspect
     from edgepress.compress.shorten import Shorten as Shorten
+    from edgepress.compress.sparsify import Sparsify as Sparsify
+    from edgepress.compress.surgery import transplant as transplant
     from edgepress.compress.task import Task as Task
     from edgepress.targets.artifact import Artifact as Artifact
     from edgepress.targets.artifact import read_artifact as read_artifact
     from edgepress.targets.export import export as export
+    from edgepress.targets.latency import LatencyTable as LatencyTable
     from edgepress.targets.measure import Measurement as Measurement
     from edgepress.targets.measure import Plan as Plan
     from edgepress.targets.measure import measure as measure
@@ -61,16 +70,25 @@ _NAMES = {
     "UserError": "compress.errors",
     "Network": "compress.network",
     "trace": "compress.network",
+    "Activation": "compress.pruning",
+    "BatchNormScale": "compress.pruning",
+    "Fisher": "compress.pruning",
+    "GeometricMedian": "compress.pruning",
+    "Lamp": "compress.pruning",
+    "OBD": "compress.pruning",
     "Magnitude": "compress.pruning",
     "Prune": "compress.pruning",
     "Random": "compress.pruning",
     "Taylor": "compress.pruning",
     "inspect": "compress.pruning",
     "Shorten": "compress.shorten",
+    "Sparsify": "compress.sparsify",
+    "transplant": "compress.surgery",
     "Task": "compress.task",
     "Artifact": "targets.artifact",
     "read_artifact": "targets.artifact",
     "export": "targets.export",
+    "LatencyTable": "targets.latency",
     "Measurement": "targets.measure",
     "Plan": "targets.measure",
     "measure": "targets.measure",

@@ -240,12 +240,16 @@ def _faster(document: Document, file: Mapping[str, Any]) -> str:
 
 
 def _size_gain(file: Mapping[str, Any]) -> str:
-    return format_gain(file["smaller"], "smaller", "larger", "")
+    gain = format_gain(file["smaller"], "smaller", "larger", "")
+    packed = file.get("deflated_bytes")
+    return gain if packed is None else f"{gain}{', ' if gain else ''}{format_bytes(packed)} deflated"
 
 
 def _verdict(file: Mapping[str, Any], latency: Mapping[str, Any]) -> str:
     kind = "yes-text" if file["accepted"] else "none" if file["original"] else "no-text"
     small = f"<small>{escape(_parity(file['parity']))}</small>" if _parity(file["parity"]) else ""
+    if file.get("sparse_speedup"):
+        small += f"<small>{escape(file['sparse_speedup']['note'])}</small>"
     if latency.get("noise"):
         small += f'<small title="{escape(latency["noise"])}">noisy times</small>'
     return f'<td class="words"><span class="{kind}">{escape(file["verdict"])}</span>{small}</td>'

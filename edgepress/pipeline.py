@@ -20,9 +20,12 @@ from edgepress.compress.distill import Distill
 from edgepress.compress.errors import EdgepressError, FileError, RecipeError, UserError
 from edgepress.compress.network import Network, trace
 from edgepress.compress.passes import Pass, describe
+from edgepress.compress.pruning import Prune
+from edgepress.compress.sparsify import dense_twin
 from edgepress.compress.task import Predict, Task, metrics
-from edgepress.targets.artifact import Artifact
+from edgepress.targets.artifact import Artifact, deflated_bytes
 from edgepress.targets.export import export
+from edgepress.targets.latency import LatencyTable
 from edgepress.targets.local import peak_memory
 from edgepress.targets.measure import Measurement, find_device, measure, noise_warning, ratio
 from edgepress.targets.runtimes import open_runtime
@@ -76,29 +79,33 @@ def press(
         judge = _Judge.of(task, original.predict, max_drop)
     (folder / "recipe.yaml").write_text(recipe.yaml())
     with clock.stage("passes"):
-        pressed = _run_passes(original, task, recipe.passes, folder / "passes")
+        pressed = _run_passes(original, task, recipe.passes, folder / "passes", threads)
     warnings: list[str] = []
+    _write_plan(pressed, folder / "surgery.json", warnings)
     with clock.stage("export"):
         candidates = _export_all({"original": original, "pressed": pressed}, task, recipe, folder, warnings)
     with clock.stage("judge the files"):
         judged = [found for candidate in candidates if (found := _run_file(candidate, task, judge, warnings)) is not None]
     if not any(f.baseline for f in judged):
         raise FileError("None of the original's fp32 files works, so there is nothing to compare with: " + " ".join(warnings))
-    with clock.stage("measure"):
-        _say("Measuring {} files in turns.", len(judged))
-        measured = measure([f.artifact for f in judged], device=device, threads=threads)
+    with clock.stage("measure"), _dense_twins(judged, pressed, task, warnings) as twins:
+        _say("Measuring {} files in turns.", len(judged) + len(twins))
+        measured = measure([f.artifact for f in judged] + list(twins.values()), device=device, threads=threads)
     noise = noise_warning(measured)
     if noise:
         warnings.append(noise)
-    report = _report(task, judge, original, pressed, judged, measured, warnings, clock)
+    dense = dict(zip(twins, measured[len(judged) :], strict=True))
+    report = _report(task, judge, original, pressed, judged, measured[: len(judged)], dense, warnings, clock)
     write(report, folder)
     return report
 
 
 # ---- stages
 
+_RUNTIMES = {"onnx": "onnxruntime", "tflite": "litert"}
 
-def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Path) -> Network:
+
+def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Path, threads: int = 1) -> Network:
     """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
     unchanged = _fingerprint(network)
     key = hashlib.sha256(f"{__version__} {unchanged}".encode())
@@ -113,8 +120,10 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
             unchanged = _fingerprint(network)
             continue
         checkpoint = saved.with_suffix(".checkpoint")
-        if isinstance(item, Distill):
+        if isinstance(item, Distill | Prune):
             item = replace(item, checkpoint=checkpoint)
+        if isinstance(item, Prune) and item.latency is not None and item.clock is None:
+            item = replace(item, clock=LatencyTable(_RUNTIMES[item.format], item.precision, threads=threads))
         started = time.monotonic()
         try:
             result = item(network, task)
@@ -124,7 +133,8 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
         if _fingerprint(network) != unchanged:
             raise RecipeError(f"The pass {name} changed the network it was given; a pass returns a new one.")
         result.save(saved)
-        checkpoint.unlink(missing_ok=True)
+        if checkpoint.is_file():
+            checkpoint.unlink()
         _say(
             "{}: {:.0f} s, {:.1f} million MACs, {:,} parameters.",
             name,
@@ -134,6 +144,33 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
         )
         network, unchanged = result, _fingerprint(result)
     return network
+
+
+def _write_plan(pressed: Network, path: Path, warnings: list[str]) -> None:
+    """How the user replays what was cut on their own class and weights; a pass of theirs may have made that impossible."""
+    try:
+        pressed.plan().write(path)
+    except FileError:
+        raise
+    except UserError as error:
+        path.unlink(missing_ok=True)
+        warnings.append(f"{path.name} was not written: {error}")
+
+
+@contextmanager
+def _dense_twins(judged: Sequence[_Judged], pressed: Network, task: Task, warnings: list[str]) -> Iterator[dict[Path, Artifact]]:
+    """For each file with zeros, one of the same network without any: what the zeros buy is found out, not supposed."""
+    twins: dict[Path, Artifact] = {}
+    sparse = [f.artifact for f in judged if any(entry["pass"] == "Sparsify" for entry in f.artifact.history)]
+    twin = dense_twin(pressed) if sparse else pressed
+    with tempfile.TemporaryDirectory() as scratch:
+        for artifact in sparse:
+            path = Path(scratch) / artifact.path.name
+            try:
+                twins[artifact.path] = export(twin, path, artifact.precision, task.calibration_batches)
+            except UserError as error:
+                warnings.append(f"{path.name} has no dense twin to compare with: {error}")
+        yield twins
 
 
 def _fingerprint(network: Network) -> str:
@@ -264,6 +301,7 @@ def _report(
     pressed: Network,
     judged: Sequence[_Judged],
     measured: Sequence[Measurement],
+    dense: dict[Path, Measurement],
     warnings: Sequence[str],
     clock: _Clock,
 ) -> Report:
@@ -273,6 +311,7 @@ def _report(
     for found, times in pairs:
         speedup = ratio(base_time, times)
         accepted, verdict = judge.verdict(found, speedup.low, speedup.high)
+        twin = dense.get(found.artifact.path)
         files.append(
             FileResult(
                 artifact=found.artifact,
@@ -285,6 +324,8 @@ def _report(
                 accepted=accepted,
                 verdict=verdict,
                 original=found.baseline,
+                deflated_bytes=deflated_bytes(found.artifact) if dense else None,
+                sparse_speedup=ratio(twin, times) if twin is not None else None,
             )
         )
     return Report(

@@ -28,15 +28,29 @@ from edgepress.compress.distill import Distill
 from edgepress.compress.errors import FileError, RecipeError
 from edgepress.compress.passes import Pass, describe
 from edgepress.compress.shorten import Shorten
+from edgepress.compress.sparsify import Sparsify
 from edgepress.targets.export import FORMATS as SUFFIXES
 from edgepress.targets.export import PRECISIONS
 
 __all__ = ["FORMATS", "Recipe", "default_recipe", "read_recipe"]
 
 FORMATS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
-_PASSES: dict[str, Any] = {"prune": pruning.Prune, "shorten": Shorten, "distill": Distill}
-_CRITERIA: dict[str, Any] = {"taylor": pruning.Taylor, "magnitude": pruning.Magnitude, "random": pruning.Random}
-_NOT_IN_FILES = {"teacher", "checkpoint", "precision"}
+_PASSES: dict[str, Any] = {"prune": pruning.Prune, "shorten": Shorten, "sparsify": Sparsify, "distill": Distill}
+_CRITERIA: dict[str, Any] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        pruning.Taylor,
+        pruning.Activation,
+        pruning.Fisher,
+        pruning.OBD,
+        pruning.Magnitude,
+        pruning.Lamp,
+        pruning.BatchNormScale,
+        pruning.GeometricMedian,
+        pruning.Random,
+    )
+}
+_NOT_IN_FILES = {"teacher", "checkpoint", "clock"}
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,21 @@ class Recipe:
         """The recipe as `read_recipe` reads it."""
         passes = []
         for item in self.passes:
-            settings = {k: v for k, v in describe(item).items() if k not in _NOT_IN_FILES}
-            passes.append({type(item).__name__.lower(): settings})
+            passes.append({type(item).__name__.lower(): _written(item)})
         export = {"formats": list(self.formats), "precisions": list(self.precisions)}
         return yaml.safe_dump({"passes": passes, "export": export}, sort_keys=False)
+
+
+def _written(item: Any) -> dict[str, Any]:
+    """The settings of a pass as a file has them."""
+    settings = {k: v for k, v in describe(item).items() if k not in _not_in_files(type(item))}
+    nested = {k: _written(getattr(item, k)) for k in settings if is_dataclass(getattr(item, k)) and k != "criterion"}
+    return settings | nested
+
+
+def _not_in_files(kind: Any) -> set[str]:
+    """Settings that only Python can give: networks, and what `Distill` finds out about the machine."""
+    return _NOT_IN_FILES | ({"precision"} if issubclass(kind, Distill) else set())
 
 
 def default_recipe() -> Recipe:
@@ -138,7 +163,7 @@ def _build(kind: Any, settings: Any, name: str) -> Any:
     """A dataclass from a mapping; every key and every kind of value is checked."""
     if not isinstance(settings, Mapping):
         raise RecipeError(f"the settings of {name} are a mapping, not {settings!r}.")
-    known = {f.name for f in fields(kind)} - _NOT_IN_FILES
+    known = {f.name for f in fields(kind)} - _not_in_files(kind)
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in settings.items():
@@ -163,7 +188,11 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         _known(value, typing.get_args(hint), f"value of {name}")
         return value
+    if typing.get_origin(hint) is Mapping and isinstance(value, Mapping):
+        return {str(k): _typed(v, typing.get_args(hint)[1], f"{name}.{k}") for k, v in value.items()}
     for option in options:
+        if is_dataclass(option) and isinstance(value, Mapping):
+            return _build(option, value, name)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):

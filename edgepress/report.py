@@ -66,6 +66,8 @@ class FileResult:
         accepted: whether it meets the budget and is not slower than the baseline.
         verdict: the same in one sentence, with the reason.
         original: the network as it was handed over, exported in fp32: something to compare with, not a result.
+        deflated_bytes: of the file once compressed, where weights were made zero; None elsewhere.
+        sparse_speedup: against its dense twin, the same network with numbers in place of the zeros, measured in the same run.
     """
 
     artifact: Artifact
@@ -78,6 +80,8 @@ class FileResult:
     accepted: bool
     verdict: str
     original: bool = False
+    deflated_bytes: int | None = None
+    sparse_speedup: Ratio | None = None
 
     @property
     def name(self) -> str:
@@ -88,6 +92,14 @@ class FileResult:
     def reason(self) -> str:
         """The verdict without 'rejected', for where that has been said."""
         return self.verdict.removeprefix("rejected: ").rstrip(".")
+
+    @property
+    def sparse_note(self) -> str:
+        """What the zeros bought in time, as measured; empty where there is no dense twin."""
+        if self.sparse_speedup is None:
+            return ""
+        gain = {"faster": "a speed-up from sparsity", "slower": "sparsity slows this runtime down"}
+        return f"{gain.get(self.sparse_speedup.verdict, 'no speed-up from sparsity on this runtime')}: {self.sparse_speedup}"
 
 
 @dataclass(frozen=True)
@@ -215,12 +227,14 @@ def _file(file: FileResult, folder: str | os.PathLike[str] | None) -> dict[str, 
         "format": file.artifact.format,
         "precision": file.artifact.precision,
         "bytes": file.artifact.bytes,
+        "deflated_bytes": file.deflated_bytes,
         "smaller": file.smaller,
         "sha256": file.artifact.sha256,
         "metrics": file.metrics,
         "drop": file.drop,
         "latency": _latency(measured) if measured else None,
         "speedup": dataclasses.asdict(file.speedup) if file.speedup else None,
+        "sparse_speedup": dataclasses.asdict(file.sparse_speedup) | {"note": file.sparse_note} if file.sparse_speedup else None,
         "memory": {"peak_bytes": measured.peak_bytes, "idle_bytes": measured.idle_bytes}
         if measured and measured.peak_bytes is not None else None,
         "parity": dataclasses.asdict(file.parity) if file.parity else None,

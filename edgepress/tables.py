@@ -33,9 +33,10 @@ def table(report: Report) -> RenderableType:
     for file in report.files:
         grid.add_row(*_row(report, file), style="bold" if file is report.best else "dim" if file.original else "")
     reasons = [Text(f"{f.name}: {f.reason}", style="dim") for f in report.files if not f.accepted and not f.original]
+    sparse = [Text(f"{f.name}: {f.sparse_note} against its dense twin.") for f in report.files if f.sparse_note]
     notes = [Text(f"Warning: {warning}", style="yellow") for warning in report.warnings]
     verdict = Text.assemble(("Recommended: " if report.best else "", "bold"), report.summary)
-    return Group(grid, Text(""), *reasons, *notes, verdict)
+    return Group(grid, Text(""), *reasons, *sparse, *notes, verdict)
 
 
 def bench_table(measured: Sequence[Measurement], ratios: Sequence[Ratio]) -> RenderableType:
@@ -103,7 +104,7 @@ def _row(report: Report, file: FileResult) -> list[Text]:
 
     cells = [
         file.name,
-        format_bytes(file.artifact.bytes),
+        _size(file),
         format_metric((file.metrics or {}).get(report.metric)),
         _drop(file.drop),
         format_ms(file.measurement.p50_ns if file.measurement else None),
@@ -111,6 +112,11 @@ def _row(report: Report, file: FileResult) -> list[Text]:
     ]
     word, colour = ("original", "") if file.original else ("accepted", "green") if file.accepted else ("rejected", "red")
     return [*(Text(_dash(cell)) for cell in cells), Text(word, style=colour)]
+
+
+def _size(file: FileResult) -> str:
+    plain = format_bytes(file.artifact.bytes)
+    return plain if file.deflated_bytes is None else f"{plain} ({format_bytes(file.deflated_bytes)} deflated)"
 
 
 def _dash(cell: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from edgepress.compress.errors import FileError
 
-__all__ = ["METADATA_KEY", "Artifact", "Port", "inline", "read_artifact", "tflite_ports"]
+__all__ = ["METADATA_KEY", "Artifact", "Port", "deflated_bytes", "inline", "read_artifact", "tflite_ports"]
 
 METADATA_KEY = "edgepress"
 """The key under which a file of ours carries its metadata, as JSON: in ONNX's metadata_props and in TFLite's metadata buffers."""
@@ -77,6 +78,26 @@ class Artifact:
     sha256: str
     bytes: int
     history: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+
+
+def deflated_bytes(artifact: Artifact) -> int:
+    """Bytes of the file once compressed with deflate, as zip, gzip and app packages store it; measured on the file as it is.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "zeros").write_bytes(bytes(100_000))
+        ...     deflated_bytes(Artifact(Path(folder) / "zeros", "onnx", "fp32", (), (), "", 100_000)) < 200
+        True
+    """
+    packer, total = zlib.compressobj(), 0
+    try:
+        with artifact.path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                total += len(packer.compress(piece))
+    except OSError as error:
+        raise FileError(f"Cannot read {artifact.path}: {error.strerror or error}.") from error
+    return total + len(packer.flush())
 
 
 @dataclass(frozen=True)

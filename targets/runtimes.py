@@ -14,7 +14,7 @@ from .artifact import Artifact, Port
 from .layout import real, stored
 from .silence import silence
 
-__all__ = ["LiteRt", "OnnxRuntime", "Runtime", "open_runtime", "predict", "random_feeds"]
+__all__ = ["LiteRt", "OnnxRuntime", "Runtime", "import_runtime", "open_runtime", "predict", "random_feeds"]
 
 _INNER_SIZES = (1, 16, 64, 256, 1024)
 """Tried in this order for open sizes other than the batch: a signal of one sample is too short for many networks."""
@@ -69,7 +69,7 @@ class OnnxRuntime:
     name = "onnxruntime"
 
     def __init__(self, artifact: Artifact, threads: int = 1):
-        ort = _import("onnxruntime", "onnxruntime")
+        ort = import_runtime("onnxruntime", "onnxruntime")
         self.artifact = artifact
         self.version: str = ort.__version__
         self._names = [port.name for port in artifact.inputs]
@@ -113,9 +113,9 @@ class LiteRt:
     name = "litert"
 
     def __init__(self, artifact: Artifact, threads: int = 1):
-        litert = _import("ai_edge_litert.interpreter", "ai-edge-litert")
+        litert = import_runtime("ai_edge_litert.interpreter", "ai-edge-litert")
         self.artifact = artifact
-        self.version: str = _import("ai_edge_litert", "ai-edge-litert").__version__
+        self.version: str = import_runtime("ai_edge_litert", "ai-edge-litert").__version__
         try:
             with silence():
                 self._interpreter = litert.Interpreter(model_path=str(artifact.path), num_threads=threads)
@@ -297,7 +297,16 @@ def _run_piece(runtime: Runtime, feeds: Sequence[np.ndarray], at: int, size: int
     return [output[:count] for output in runtime.run(full)]
 
 
-def _import(module: str, package: str) -> Any:
+def import_runtime(module: str, package: str) -> Any:
+    """Import a runtime's module.
+
+    Raises:
+        DeviceError: ``package`` is not installed.
+
+    Example:
+        >>> import_runtime("onnxruntime", "onnxruntime").__name__
+        'onnxruntime'
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from edgepress.compress.network import Network, export_program
@@ -15,6 +15,7 @@ from edgepress.compress.network import Network, export_program
 from .artifact import METADATA_KEY, Port, inline, tflite_ports
 from .names import port_names
 from .silence import silence
+from .strides import pool_slices
 
 __all__ = ["Layout", "annotate_tflite", "fed_ports", "tflite_model"]
 
@@ -56,7 +57,7 @@ def tflite_model(network: Network) -> tuple[bytes, Layout]:
     with silence():
         import litert_torch
     one = tuple(x[:1].detach().cpu() for x in network.example_inputs)
-    module = network.copy().to("cpu").eval().module
+    module = _broadcasting(network.copy().to("cpu").eval().module)
     with torch.no_grad():
         results = [x for x in pytree.tree_leaves(module(*_pair(one))) if isinstance(x, Tensor)]
     names, output_names = port_names(export_program(network))
@@ -71,6 +72,34 @@ def tflite_model(network: Network) -> tuple[bytes, Layout]:
     with silence():
         content = bytes(litert_torch.convert(wrapped, feeds).model_content())
     return content, layout
+
+
+def _broadcasting(module: fx.GraphModule) -> fx.GraphModule:
+    """Take expansions out of a graph, in place: where the converter moves channels to the end, it leaves their sizes.
+
+    Those that arithmetic implies go; others become repetitions.
+    """
+    aten = torch.ops.aten
+    arithmetic = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+    for node in list(module.graph.nodes):
+        if node.target not in (aten.expand.default, aten.expand_as.default):
+            continue
+        source, full = node.args[0], node.meta["val"].shape
+        for user in list(node.users):
+            other = [x for x in user.args[:2] if isinstance(x, fx.Node) and x is not node] if user.target in arithmetic else []
+            if other and other[0].meta["val"].shape == full and source.meta["val"].dim() == len(full):
+                user.replace_input_with(node, source)
+        if node.target is aten.expand.default:
+            node.target, node.args = aten.repeat.default, (source, _repeats(source.meta["val"].shape, node.args[1]))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _repeats(shape: torch.Size, sizes: list[Any]) -> list[Any]:
+    """How often `aten.repeat` lays each dimension down where `aten.expand` makes it that long."""
+    given = [1] * (len(sizes) - len(shape)) + list(shape)
+    return [size if isinstance(old, int) and old == 1 and size != -1 else 1 for old, size in zip(given, sizes, strict=True)]
 
 
 def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -138,6 +167,7 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
     model.description = "edgepress"
     for buffer in model.buffers:
         inline(buffer, content)
+    pool_slices(model)
     if notes is not None:
         text = json.dumps({**notes, **layout.notes}, default=str)
         _attach(model, METADATA_KEY, text.encode())

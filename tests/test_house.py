@@ -46,7 +46,8 @@ def test_importing_edgepress_loads_nothing_heavy():
 def test_public_names_are_these():
     assert set(edgepress.__all__) == {
         *("Task", "Network", "trace", "load_task"),
-        *("Prune", "Taylor", "Magnitude", "Random", "inspect", "Shorten", "Distill"),
+        *("Taylor", "Fisher", "Activation", "OBD", "Magnitude", "Lamp", "BatchNormScale", "GeometricMedian", "Random"),
+        *("Prune", "LatencyTable", "inspect", "Shorten", "Sparsify", "Distill", "transplant"),
         *("Artifact", "read_artifact", "export", "open_runtime", "Parity", "verify"),
         *("Measurement", "Plan", "measure", "ratio"),
         *("Recipe", "default_recipe", "read_recipe", "press", "Report"),

@@ -3,14 +3,16 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgepress.compress.distill import Distill
 from edgepress.compress.errors import EdgepressError, RecipeError
 from edgepress.compress.network import trace
-from edgepress.compress.pruning import Magnitude, Prune, Random, Taylor, inspect
+from edgepress.compress.pruning import Fisher, Magnitude, Prune, Random, Taylor, inspect
 from edgepress.compress.pruning import prune as prune_module
 from edgepress.compress.task import Task
 
@@ -25,7 +27,7 @@ def test_prune_must_reach_its_budget_and_write_it_down(network, task):
     assert 0.25 * network.macs() < smaller.macs() <= 0.5 * network.macs()
     (entry,) = smaller.history
     assert entry["pass"] == "Prune"
-    assert entry["criterion"] == {"taylor": {"squared": True}}
+    assert entry["criterion"] == {"fisher": {}}
     assert (entry["macs_before"], entry["macs_after"]) == (network.macs(), smaller.macs())
     assert entry["oracle_error"] < 1e-5
     stem = next(c for c in entry["channels"] if c["weight"] == "stem.0.weight")
@@ -85,17 +87,17 @@ def test_an_impossible_budget_must_be_refused_with_what_stands_in_the_way(networ
     with pytest.raises(RecipeError, match="cannot be reached: at least 0"):
         Prune(macs=0.001)(network, task)
 
-    class Fourier(nn.Module):
+    class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(5, 2)
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(1, 2)
 
         def forward(self, x):
-            return self.b(torch.fft.rfft(self.a(x)).abs())
+            return self.b(torch.kthvalue(self.a(x), 3, dim=1, keepdim=True).values)
 
     x = torch.randn(2, 4)
-    with pytest.raises(RecipeError, match=r"fft_rfft at .*test_pruning_prune.py, line \d+ .* has no rule and locks"):
-        Prune(macs=0.5)(trace(Fourier(), x), Task(Fourier(), x, lambda p: {"a": 0.0}, "a"))
+    with pytest.raises(RecipeError, match=r"kthvalue at .*test_pruning_prune.py, line \d+ .* has no rule and locks"):
+        Prune(macs=0.5)(trace(Odd(), x), Task(Odd(), x, lambda p: {"a": 0.0}, "a"))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,85 @@ def test_a_wrong_rewrite_must_not_pass_the_gate(network, task, monkeypatch):
     monkeypatch.setattr(prune_module, "remove", wrong)
     with pytest.raises(EdgepressError, match="differs from its oracle"):
         Prune(macs=0.7, rounds=1, multiple=1, batches=1)(network, task)
+
+
+def test_parameters_and_bytes_must_be_budgets_too(network, task):
+    smaller = Prune(Magnitude(), parameters=0.5, bytes="2 kB", rounds=2, multiple=1)(network, task)
+    assert smaller.parameter_count <= 0.5 * network.parameter_count
+    budgets = smaller.history[0]["budgets"]
+    assert budgets["bytes"]["after"] <= budgets["bytes"]["limit"] == 2000
+
+
+def test_latency_must_be_paid_by_the_clock(network, task):
+    class Clock:
+        """Convolutions cost by their output channels, nothing else costs."""
+
+        def seconds(self, layers):
+            return np.array([float(x.output[0]) if x.operator.startswith("conv") else 0.0 for x in layers])
+
+    smaller = Prune(Magnitude(), latency=0.5, clock=Clock(), multiple=1, rounds=2)(network, task)
+    found = smaller.history[0]["budgets"]["latency"]
+    convs = [p for p in network.parameters() if p.dim() == 4]
+    assert found["before"] == sum(len(p) for p in convs)
+    assert sum(len(p) for p in smaller.parameters() if p.dim() == 4) == found["after"] <= found["before"] / 2
+    with pytest.raises(RecipeError, match="needs a clock"):
+        Prune(latency=0.5)(network, task)
+
+
+def test_each_round_may_end_with_a_recovery(network, task):
+    recover = Distill(epochs=0.2, lr=0.01)
+    smaller = Prune(Magnitude(), macs=0.6, rounds=2, multiple=2, recover=recover)(network, task)
+    assert [entry["pass"] for entry in smaller.history] == ["Distill", "Distill", "Prune"]
+    plain = Prune(Magnitude(), macs=0.6, rounds=2, multiple=2)(network, task)
+    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), smaller.parameters(), strict=True) if a.shape == b.shape)
+
+
+def test_an_interrupted_prune_must_go_on_after_its_last_round(network, task, tmp_path, monkeypatch):
+    prune = Prune(Taylor(), macs=0.5, rounds=3, multiple=2, batches=2, checkpoint=tmp_path / "prune")
+    whole = prune(network, task)
+    assert not (tmp_path / "prune").exists(), "a finished pass leaves nothing behind"
+    honest, cuts = prune_module.remove, []
+
+    def interrupted(*args):
+        cuts.append(1)
+        if len(cuts) == 3:
+            raise KeyboardInterrupt
+        return honest(*args)
+
+    monkeypatch.setattr(prune_module, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(network, task)
+    again = prune(network, task)
+    assert len(cuts) == 4, "two rounds before, one after"
+    assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in whole.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+    assert again.history[0]["channels"] == whole.history[0]["channels"]
+
+
+def test_branches_must_go_where_depth_is_cheaper():
+    torch.manual_seed(0)
+
+    class Lazy(nn.Module):
+        """The second block adds next to nothing."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+            nn.init.normal_(self.b.weight, std=1e-4)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            x = x + self.a(x).relu()
+            x = x + self.b(x)
+            return self.head(x)
+
+    model, x = Lazy(), torch.randn(16, 8)
+    task = Task(model, x, lambda p: {"a": 0.0}, "a", train_batches=[(x, torch.randint(0, 4, (16,)))])
+    smaller = Prune(Fisher(), macs=0.75, depth=True, rounds=1, multiple=1)(trace(model, x), task)
+    assert smaller.history[0]["branches"] == ["b"]
+    assert "b.weight" not in smaller.state_dict()
+    assert smaller.history[0]["channels"]
+    assert all(c["before"] == c["after"] for c in smaller.history[0]["channels"])
 
 
 # ---- the reference network's shape, without its weights

@@ -12,6 +12,8 @@ from edgepress.compress.errors import RecipeError, TaskError
 from edgepress.compress.network import trace
 from edgepress.compress.pruning import (
     Bounds,
+    Depth,
+    Goal,
     Magnitude,
     Random,
     Taylor,
@@ -22,8 +24,10 @@ from edgepress.compress.pruning import (
     remove,
     select,
 )
-from edgepress.compress.pruning.cost import Macs
+from edgepress.compress.pruning.budget import limit
+from edgepress.compress.pruning.cost import FileBytes, Latency, Macs, Parameters, PeakActivation
 from edgepress.compress.pruning.scores import label_free_loss
+from edgepress.compress.shorten import branches
 
 
 def found(model, x):
@@ -177,13 +181,25 @@ def test_label_free_loss_must_have_a_gradient_at_every_output():
 # ---- selection
 
 
+def macs_goal(channels, limit):
+    return [Goal(Macs(channels), limit)]
+
+
+class Stairs:
+    """A clock on which a layer takes as long as its output channels rounded up to a multiple of eight."""
+
+    def seconds(self, layers):
+        return np.array([float(-(-x.output[0] // 8)) if x.operator.startswith("conv") else 0.0 for x in layers])
+
+
 def test_selection_must_meet_the_budget_it_reports():
     network, channels = cnn()
     scores = np.random.default_rng(0).random(len(channels.classes))
-    chosen = select(channels, scores, 0.6 * network.macs(), Bounds(multiple=4))
+    chosen = select(channels, scores, macs_goal(channels, 0.6 * network.macs()), Bounds(multiple=4))
     smaller = remove(network, channels.analysis, chosen.removed)
     assert chosen.reached
-    assert chosen.macs == smaller.macs() <= 0.6 * network.macs()
+    assert chosen.totals == (smaller.macs(),)
+    assert smaller.macs() <= 0.6 * network.macs()
     assert smaller.macs() > 0.4 * network.macs(), "far more than asked went"
 
 
@@ -192,9 +208,8 @@ def test_kept_counts_must_be_multiples_where_the_original_was():
     model = nn.Sequential(nets.cbr(3, 32), nets.cbr(32, 12), nets.cbr(12, 64), nets.Head(64))
     network, channels = found(nets.trained(model), torch.zeros(1, 3, 8, 8))
     scores = np.random.default_rng(0).random(len(channels.classes))
-    kept = {
-        g.name: n for g, n in zip(channels.groups, select(channels, scores, 0.3 * network.macs(), Bounds()).kept, strict=True)
-    }
+    chosen = select(channels, scores, macs_goal(channels, 0.3 * network.macs()), Bounds())
+    kept = {g.name: n for g, n in zip(channels.groups, chosen.kept, strict=True)}
     assert kept["0.0.weight"] % 8 == kept["2.0.weight"] % 8 == 0
     assert kept["1.0.weight"] % 4 == 0  # 12 is a multiple of 4 only
     assert sum(kept.values()) < 108
@@ -212,7 +227,7 @@ def test_no_group_may_fall_below_its_floor():
     network, channels = cnn()
     scores = np.ones(len(channels.classes))
     for bounds in (Bounds(multiple=1), Bounds(multiple=1, max_part=0.5), Bounds(multiple=1, min_channels=3), Bounds()):
-        chosen = select(channels, scores, 0.0, bounds)
+        chosen = select(channels, scores, macs_goal(channels, 0.0), bounds)
         assert not chosen.reached
         assert all(n >= bounds.floor(g) >= 1 for g, n in zip(channels.groups, chosen.kept, strict=True))
         assert all(n.shape[0] > 0 for n in remove(network, channels.analysis, chosen.removed).parameters())
@@ -232,7 +247,7 @@ def test_channels_that_save_nothing_must_stay():
     _, channels = found(Loose(), torch.randn(2, 4))
     loose = next(i for i, g in enumerate(channels.groups) if g.name == "free")
     scores = np.concatenate([np.full(len(g.channels), 0.0 if i == loose else 1.0) for i, g in enumerate(channels.groups)])
-    chosen = select(channels, scores, 10.0, Bounds(multiple=1))
+    chosen = select(channels, scores, macs_goal(channels, 10.0), Bounds(multiple=1))
     assert chosen.kept[loose] == 16
     assert chosen.kept[1 - loose] < 8
 
@@ -240,11 +255,77 @@ def test_channels_that_save_nothing_must_stay():
 def test_the_lowest_scores_of_a_group_must_go_first():
     network, channels = cnn()
     scores = np.random.default_rng(1).random(len(channels.classes))
-    chosen = select(channels, scores, 0.5 * network.macs(), Bounds(multiple=1))
+    chosen = select(channels, scores, macs_goal(channels, 0.5 * network.macs()), Bounds(multiple=1))
     stays, at = channels.without(chosen.removed), 0
     for g in channels.groups:
         mine, here, at = scores[at : at + len(g.channels)], stays[at : at + len(g.channels)], at + len(g.channels)
         assert here.all() or mine[~here].max() < mine[here].min()
+
+
+def test_a_stair_must_be_climbed_although_its_first_step_saves_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nets.cbr(3, 16), nets.cbr(16, 16), nets.Head(16))
+    _, channels = found(nets.trained(model), torch.zeros(1, 3, 8, 8))
+    cost, scores = Latency(channels, Stairs()), np.arange(1.0, 33.0)
+    assert cost.after(now(channels), np.array([4.0, 4.0])).tolist() == [4.0, 4.0]
+    chosen = select(channels, scores, [Goal(cost, 3.0)], Bounds(multiple=4))
+    assert chosen.reached
+    assert chosen.kept == (8, 16)  # the cheaper of the two stairs, whole
+
+
+def test_several_budgets_must_hold_together():
+    network, channels = cnn()
+    costs = [Macs(channels), Parameters(channels), FileBytes(channels, 1), PeakActivation(channels, 4)]
+    goals = [
+        Goal(c, float(c.total(now(channels))) * part, getattr(c, "guide", None))
+        for c, part in zip(costs, (0.8, 0.5, 0.6, 0.7), strict=True)
+    ]
+    chosen = select(channels, np.random.default_rng(0).random(len(channels.classes)), goals, Bounds(multiple=1))
+    assert chosen.reached
+    smaller = remove(network, channels.analysis, chosen.removed)
+    assert smaller.macs() == chosen.totals[0] <= goals[0].limit
+    assert smaller.parameter_count == chosen.totals[1] <= goals[1].limit
+
+
+def test_limits_must_hold_by_name():
+    _, channels = cnn()
+    bounds = Bounds(multiple=1, max_part=0.99, limits={channels.groups[0].name: 1, channels.groups[1].name: 5})
+    chosen = select(channels, np.ones(len(channels.classes)), macs_goal(channels, 0.0), bounds)
+    assert chosen.kept[0] == len(channels.groups[0].channels)
+    assert chosen.kept[1] >= 5 > min(chosen.kept)
+
+
+@pytest.mark.parametrize(("worth", "goes"), [(1e-9, (0,)), (1e9, ())])
+def test_width_and_depth_must_compete(worth, goes):
+    network, channels = cnn()
+    branch = next(b for b in branches(network) if b.parameters)
+    depth = Depth(frozenset(branch.nodes), worth, branch.addition)
+    scores = np.ones(len(channels.classes))
+    chosen = select(channels, scores, macs_goal(channels, 0.9 * network.macs()), Bounds(multiple=1), branches=[depth])
+    assert chosen.branches == goes
+    assert chosen.reached
+
+
+def test_of_an_addition_only_one_operand_may_go():
+    network, channels = cnn()
+    branch = branches(network)[0]
+    twice = [Depth(frozenset(branch.nodes), 0.0, branch.addition), Depth(frozenset({"x"}), 0.0, branch.addition)]
+    chosen = select(channels, np.ones(len(channels.classes)), macs_goal(channels, 0.2 * network.macs()), Bounds(), branches=twice)
+    assert chosen.branches == (0,)
+
+
+@pytest.mark.parametrize(
+    ("currency", "budget", "said"),
+    [
+        ("macs", 0, "above 0 and at most 1"),
+        ("macs", 1.5, "such as '40 M'"),
+        ("bytes", "3 ms", "units: B, kB"),
+        ("latency", "fast", "'0.25 ms'"),
+    ],
+)
+def test_budgets_that_make_no_sense_must_be_refused(currency, budget, said):
+    with pytest.raises(RecipeError, match=said):
+        limit(currency, budget, 1.0)
 
 
 def test_criteria_must_refuse_what_makes_no_sense():

@@ -20,6 +20,7 @@ def test_recipe_is_read_as_the_passes_it_names(tmp_path):
           - prune: {macs: 0.5, criterion: {magnitude: {p: 1}}, rounds: 2}
           - distill: {epochs: 3, lr: 0.1, minutes: 2}
           - prune
+          - prune: {latency: 0.25 ms, bytes: 0.5, depth: true, criterion: fisher, limits: {"layer1.*": 1.0}, recover: {epochs: 2}}
         export: {formats: onnx, precisions: [int8]}
         """,
     )
@@ -28,6 +29,9 @@ def test_recipe_is_read_as_the_passes_it_names(tmp_path):
         ep.Prune(macs=0.5, criterion=ep.Magnitude(p=1), rounds=2),
         ep.Distill(epochs=3.0, lr=0.1, minutes=2.0),
         ep.Prune(),
+        ep.Prune(
+            latency="0.25 ms", bytes=0.5, depth=True, criterion=ep.Fisher(), limits={"layer1.*": 1.0}, recover=ep.Distill(epochs=2.0)
+        ),
     )
     assert (recipe.formats, recipe.precisions) == (("onnx",), ("int8",))
 
@@ -40,6 +44,7 @@ def test_recipe_may_be_a_bare_list_of_passes(tmp_path):
     "recipe",
     [
         default_recipe(),
+        Recipe((ep.Prune(macs="40 M", limits={"fc*": 8.0}, recover=ep.Distill(epochs=1.0, minutes=3.0)),)),
         Recipe((ep.Shorten(macs=0.4, parameters=0.5), ep.Prune(criterion=ep.Random(seed=3)), ep.Distill(epochs=2)), ("tflite",)),
     ],
 )
@@ -55,7 +60,9 @@ def test_recipe_reads_back_what_it_writes(tmp_path, recipe):
         ("pases: []", "'pases' is no known key; did you mean 'passes'?"),
         ("passes: [{prune: {criterion: tailor}}]", "'tailor' is no known criterion; did you mean 'taylor'?"),
         ("passes: [{prune: {criterion: {taylor: {square: true}}}}]", "did you mean 'squared'?"),
-        ("passes: [{prune: {macs: half}}]", "prune.macs is 'half'; it must be float"),
+        ("passes: [{prune: {macs: half}}]", "Prune(macs='half') makes no sense: write a part such as 0.5, or an amount such as '40 M'"),
+        ("passes: [{prune: {latency: 3 kg}}]", "(units: s, ms, us"),
+        ("passes: [{prune: {rounds: [1]}}]", "prune.rounds is [1]; it must be int"),
         ("passes: [{distill: {epochs: true}}]", "distill.epochs is True"),
         ("passes: [{distill: {optimizer: adam}}]", "'adam' is no known value of distill.optimizer; did you mean 'adamw'?"),
         ("passes: [{distill: {teacher: me}}]", "'teacher' is no known setting of distill"),
