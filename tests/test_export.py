@@ -236,6 +236,23 @@ class Signal(nn.Module):
         return self.conv(self.norm(output).relu())
 
 
+class Windows(nn.Module):
+    """Expansions beside moved channels, and attention over windows of a batch that is open, its result reshaped."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.key = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, image):
+        x = nn.functional.normalize(self.conv(image), dim=1)
+        x = x.flatten(2).transpose(1, 2).reshape(-1, 8, 8)
+        windows, n, _ = x.shape
+        query = x.view(windows, n, 2, 4).transpose(1, 2)
+        key = self.key(x).view(windows, n, 1, 4).transpose(1, 2).expand(windows, 2, n, 4)
+        y = nn.functional.scaled_dot_product_attention(query, key, key).transpose(1, 2).reshape(x.shape)
+        return y.reshape(-1, 16, 8).mean(1)
+
+
 @pytest.mark.parametrize("suffix", ["onnx", "tflite"])
 @pytest.mark.parametrize(
     ("model", "inputs"),
@@ -243,8 +260,9 @@ class Signal(nn.Module):
         (Two(), (torch.randn(2, 3, 4, 6), torch.arange(10).view(2, 5))),
         (Same(), (torch.randn(2, 4),)),
         (Signal(), (torch.randn(3, 2, 20),)),
+        (Windows(), (torch.randn(2, 3, 4, 4),)),
     ],
-    ids=["several", "same", "signal"],
+    ids=["several", "same", "signal", "windows"],
 )
 def test_export_must_keep_the_inputs_and_outputs_of_any_network(model, inputs, suffix, tmp_path):
     network = trace(model, inputs)
