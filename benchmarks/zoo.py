@@ -766,7 +766,7 @@ class EncoderDecoder(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(7))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        return self.out(self.transformer(self.inp(source), self.words(target), tgt_mask=self.mask))
+        return self.out(self.transformer(self.inp(source), self.words(target), tgt_mask=self.mask, tgt_is_causal=True))
 
 
 class Mixer(nn.Module):

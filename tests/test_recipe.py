@@ -30,7 +30,12 @@ def test_recipe_is_read_as_the_passes_it_names(tmp_path):
         ep.Distill(epochs=3.0, lr=0.1, minutes=2.0),
         ep.Prune(),
         ep.Prune(
-            latency="0.25 ms", bytes=0.5, depth=True, criterion=ep.Fisher(), limits={"layer1.*": 1.0}, recover=ep.Distill(epochs=2.0)
+            latency="0.25 ms",
+            bytes=0.5,
+            depth=True,
+            criterion=ep.Fisher(),
+            limits={"layer1.*": 1.0},
+            recover=ep.Distill(epochs=2.0),
         ),
     )
     assert (recipe.formats, recipe.precisions) == (("onnx",), ("int8",))
@@ -60,7 +65,7 @@ def test_recipe_reads_back_what_it_writes(tmp_path, recipe):
         ("pases: []", "'pases' is no known key; did you mean 'passes'?"),
         ("passes: [{prune: {criterion: tailor}}]", "'tailor' is no known criterion; did you mean 'taylor'?"),
         ("passes: [{prune: {criterion: {taylor: {square: true}}}}]", "did you mean 'squared'?"),
-        ("passes: [{prune: {macs: half}}]", "Prune(macs='half') makes no sense: write a part such as 0.5, or an amount such as '40 M'"),
+        ("passes: [{prune: {macs: half}}]", "Prune(macs='half') makes no sense: write a part such as 0.5, or an amount"),
         ("passes: [{prune: {latency: 3 kg}}]", "(units: s, ms, us"),
         ("passes: [{prune: {rounds: [1]}}]", "prune.rounds is [1]; it must be int"),
         ("passes: [{distill: {epochs: true}}]", "distill.epochs is True"),

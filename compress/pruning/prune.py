@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -165,7 +165,7 @@ class Prune:
 
     def _costs(self, channels: Channels) -> dict[str, Cost]:
         """The currencies that there is a budget in."""
-        make = {
+        make: dict[str, Callable[[], Cost]] = {
             "macs": lambda: Macs(channels),
             "parameters": lambda: Parameters(channels),
             "bytes": lambda: FileBytes(channels, self._width),
