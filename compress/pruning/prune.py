@@ -40,6 +40,9 @@ _PARITY = {torch.float64: 1e-3, torch.float32: 1e-3}
 """Largest relative difference from the oracle by type of the weights: float32 gives 1e-6 but for very deep networks."""
 _HALF_PARITY = 0.1
 
+_EXTRA = 2
+"""Rounds that may follow where a branch that went saved less than was counted: what fuses is known once it is gone."""
+
 
 @dataclass(frozen=True)
 class Prune:
@@ -130,15 +133,20 @@ class Prune:
         rounds = Rounds(self.checkpoint, describe(self), network)
         smaller, done = rounds.last()
         with bar("Prune") as update:
-            for i in range(len(done), self.rounds):
+            while (i := len(done)) < self.rounds or (i < self.rounds + _EXTRA and self._missed(smaller, start)):
                 fresh = batches.take(i * self.batches, self.batches)
-                smaller, found = self._round(smaller, task, fresh, start, (i + 1) / self.rounds)
+                smaller, found = self._round(smaller, task, fresh, start, min(1.0, (i + 1) / self.rounds))
                 if self.recover is not None:
                     smaller = replace(self.recover, checkpoint=rounds.file("recover"))(smaller, task)
                 done.append(found)
                 rounds.keep(smaller, done)
-                update((i + 1) / self.rounds, f"round {i + 1} of {self.rounds}")
-        end = self._end(smaller, start)
+                update(min(1.0, (i + 1) / self.rounds), f"round {i + 1} of {self.rounds}")
+        end = self._left(smaller)
+        if missed := self._missed(smaller, start):
+            raise RecipeError(
+                f"Prune({missed}={self._budgets[missed]!r}) was not reached: {end[missed] / start.totals[missed]:.3f} of what came in "
+                "is left and no further step saves anything. Give it a larger budget or a smaller multiple, or allow depth."
+            )
         rounds.clear()
         return smaller.then(
             **{"pass": "Prune"},
@@ -232,17 +240,14 @@ class Prune:
         scores = normalised(scores, channels, self.normalise)
         return scores.double().numpy(), list(zip(found, worth.tolist(), strict=True))
 
-    def _end(self, network: Network, start: _Start) -> dict[str, float]:
-        """What is left, by currency; refused where a budget was missed."""
+    def _left(self, network: Network) -> dict[str, float]:
+        """What is left, by currency."""
         channels = channels_of(analyse(network, self.attention))
-        end = {name: float(cost.total(_full(channels))) for name, cost in self._costs(channels).items()}
-        for name, value in end.items():
-            if value > start.limits[name] * (1 + 1e-6):
-                raise RecipeError(
-                    f"Prune({name}={self._budgets[name]!r}) was not reached: {value / start.totals[name]:.3f} of what came in is "
-                    "left and no further step saves anything. Give it a larger budget or a smaller multiple, or allow depth."
-                )
-        return end
+        return {name: float(cost.total(_full(channels))) for name, cost in self._costs(channels).items()}
+
+    def _missed(self, network: Network, start: _Start) -> str:
+        """A currency whose budget is not met; '' where all are."""
+        return next((n for n, left in self._left(network).items() if left > start.limits[n] * (1 + 1e-6)), "")
 
 
 @dataclass(frozen=True)
