@@ -9,6 +9,7 @@ from edgepress.compress.network import Network, export_program
 
 from .artifact import METADATA_KEY
 from .names import port_names
+from .projections import plain_lstms
 from .silence import silence
 
 __all__ = ["OPSET", "annotate_onnx", "onnx_model"]
@@ -22,11 +23,13 @@ def onnx_model(network: Network) -> Any:
     """Convert a network to an fp32 ``onnx.ModelProto`` with a dynamic batch.
 
     Raises:
+        FileError: an operator that ONNX lacks, and that cannot be written with others.
         Exception: whatever torch's exporter raises; `edgepress.targets.export.export` turns it into a sentence.
     """
     import torch
 
-    program = export_program(network)
+    plain = Network(plain_lstms(network.copy().module), network.example_inputs)
+    program = export_program(plain)
     inputs, outputs = port_names(program)
     with silence():
         converted = torch.onnx.export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from .strides import pool_slices
 __all__ = ["Layout", "annotate_tflite", "fed_ports", "tflite_model"]
 
 _ALIGNMENT = 16  # of a buffer's first byte, as the format's schema demands; Python's generated packer does not
+_REPEATED_RANK = 4  # up to which the converter writes a repetition soundly
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,9 @@ def _broadcasting(module: fx.GraphModule) -> fx.GraphModule:
                 user.replace_input_with(node, source)
         if node.target is aten.expand.default:
             node.target, node.args = aten.repeat.default, (source, _repeats(source.meta["val"].shape, node.args[1]))
+    for node in module.graph.nodes:
+        if node.target in (aten.repeat.default, aten.tile.default) and node.meta["val"].dim() > _REPEATED_RANK:
+            node.target = _repeated
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -100,6 +105,25 @@ def _repeats(shape: torch.Size, sizes: list[Any]) -> list[Any]:
     """How often `aten.repeat` lays each dimension down where `aten.expand` makes it that long."""
     given = [1] * (len(sizes) - len(shape)) + list(shape)
     return [size if isinstance(old, int) and old == 1 and size != -1 else 1 for old, size in zip(given, sizes, strict=True)]
+
+
+def _repeated(x: Tensor, counts: list[int]) -> Tensor:
+    """`x.tile(counts)` as repetitions of a matrix: one dimension at a time, all before it against all from it on.
+
+    The converter repeats in twice as many dimensions as the tensor has, and the format's operators end at eight: beyond, it
+    fails, or gives other numbers.
+
+    Example:
+        >>> _repeated(torch.arange(2), [2, 3])
+        tensor([[0, 1, 0, 1, 0, 1],
+                [0, 1, 0, 1, 0, 1]])
+    """
+    shape = [1] * (len(counts) - x.dim()) + list(x.shape)
+    for i, count in enumerate(counts, len(shape) - len(counts)):
+        if count != 1:
+            x = x.reshape(math.prod(shape[:i]), math.prod(shape[i:])).repeat(1, count)
+            shape[i] *= count
+    return x.reshape(shape)
 
 
 def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -253,6 +253,35 @@ class Windows(nn.Module):
         return y.reshape(-1, 16, 8).mean(1)
 
 
+class Grouped(nn.Module):
+    """Attention whose keys serve two heads each: repeated in five dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x):
+        n = x.shape[1]
+        query = self.query(x).view(-1, n, 4, 4).transpose(1, 2)
+        key = self.key(x).view(-1, n, 2, 4).transpose(1, 2)[:, :, None]
+        key, value = (k.reshape(-1, 4, n, 4) for k in (key.expand(-1, 2, 2, n, 4), key.tile(1, 1, 2, 1, 1)))
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+class Projected(nn.Module):
+    """LSTMs that hand on fewer numbers than they keep: every layer and direction, the last states too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.LSTM(6, 12, 2, proj_size=5, bidirectional=True, batch_first=True)
+        self.second = nn.LSTM(10, 8, proj_size=3, bias=False)
+
+    def forward(self, x):
+        y, (h, c) = self.first(x)
+        return self.second(y.transpose(0, 1))[0].transpose(0, 1), h.transpose(0, 1), c.transpose(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("suffix", ["onnx", "tflite"])
 @pytest.mark.parametrize(
     ("model", "inputs"),
@@ -261,8 +290,10 @@ class Windows(nn.Module):
         (Same(), (torch.randn(2, 4),)),
         (Signal(), (torch.randn(3, 2, 20),)),
         (Windows(), (torch.randn(2, 3, 4, 4),)),
+        (Grouped(), (torch.randn(2, 12, 8),)),
+        (Projected(), (torch.randn(2, 7, 6),)),
     ],
-    ids=["several", "same", "signal", "windows"],
+    ids=["several", "same", "signal", "windows", "grouped", "projected"],
 )
 def test_export_must_keep_the_inputs_and_outputs_of_any_network(model, inputs, suffix, tmp_path):
     network = trace(model, inputs)
@@ -414,6 +445,21 @@ def test_export_must_name_the_operator_that_a_format_lacks(suffix, tmp_path):
     with pytest.raises(FileError, match=rf"cannot be written as fp32 \.{suffix}: the operator aten.+svd"):
         export(trace(Singular(), torch.randn(1, 3, 3)), tmp_path / f"net.{suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_export_must_refuse_a_projection_that_starts_from_a_state_for_onnx(tmp_path):
+    class Started(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 6, proj_size=3, batch_first=True)
+
+        def forward(self, x, state):
+            return self.rnn(x, (state[None], x.new_zeros(1, x.shape[0], 6)))[0]
+
+    network = trace(Started(), (torch.randn(2, 5, 4), torch.randn(2, 3)))
+    with pytest.raises(FileError, match=r"An LSTM with projections .* starts from zeros"):
+        export(network, tmp_path / "net.onnx")
 
 
 def test_export_must_name_the_operator_that_the_converter_lacks_for_a_type(tmp_path):

@@ -50,8 +50,9 @@ def test_press_delivers_measured_files_in_every_format(task, tmp_path):
     report = ep.press(task, max_drop=8.0, out=tmp_path, recipe=recipe)
     kinds = [f"{stem}-{p}.{s}" for stem in ("original", "pressed") for p in ("fp32", "int8") for s in ("onnx", "tflite")]
     assert names(report) == kinds
-    assert report.accepted
-    assert report.best in report.files
+    assert report.accepted == any(f.accepted for f in report.files)  # whether a tiny int8 file is faster is up to the CPU
+    assert all(f.drop <= 8.0 and f.speedup.high >= 1 for f in report.files if f.accepted)
+    assert all(f.drop > 8.0 or f.speedup.high < 1 for f in report.files if not f.accepted and not f.original)
     for file in report.files:
         runtime = ep.open_runtime(ep.read_artifact(file.artifact.path))
         assert accuracy(runtime.predict) == file.metrics  # the figure is the file's own

@@ -176,7 +176,8 @@ class _Gated(fx.Interpreter):
     def _alias(self, operand: fx.Node, reader: fx.Node, gates: Sequence[Gate]) -> Tensor:
         """The operand for this reader alone: gradients of several readers come apart."""
         value: Tensor = self.env[operand]
-        alias = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        # not view_as: in torch 2.13 its gradients were wrong for batches of one where two of them meet in an addition
+        alias = torch.ops.aten.alias.default(value) if value.requires_grad else value.detach().requires_grad_()
         # what is changed in place must be kept as it was read
         kept = value.detach().clone() if any(_in_place(user) for user in operand.users) else value.detach()
 

@@ -144,8 +144,8 @@ class Prune:
         end = self._left(smaller)
         if missed := self._missed(smaller, start):
             raise RecipeError(
-                f"Prune({missed}={self._budgets[missed]!r}) was not reached: {end[missed] / start.totals[missed]:.3f} of what came in "
-                "is left and no further step saves anything. Give it a larger budget or a smaller multiple, or allow depth."
+                f"Prune({missed}={self._budgets[missed]!r}) was not reached: {end[missed] / start.totals[missed]:.3f} of what "
+                "came in is left and no further step saves anything. Give it a larger budget or smaller multiple, or allow depth."
             )
         rounds.clear()
         return smaller.then(
