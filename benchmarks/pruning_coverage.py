@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import ZOO
+from zoo import ZOO, resized
 
 from edgepress.compress.errors import UserError
 from edgepress.compress.network import Network, trace
@@ -204,17 +204,6 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 # ---- both
-
-
-def resized(inputs: Inputs, n: int) -> Inputs:
-    """Other inputs of the same kind, ``[n, ...]``: noise, or the example's integers shuffled."""
-    draw = torch.Generator().manual_seed(n)
-    return tuple(
-        torch.randn((n, *x.shape[1:]), generator=draw).to(x.dtype)
-        if x.is_floating_point()
-        else x.flatten()[torch.randint(x.numel(), (n, *x.shape[1:]), generator=draw)]
-        for x in inputs
-    )
 
 
 def answers(model: nn.Module, inputs: Inputs) -> list[Tensor]:

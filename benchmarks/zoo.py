@@ -905,19 +905,55 @@ _HAND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
 def built(make: Callable[[], nn.Module], inputs: Callable[[], Inputs]) -> Built:
     torch.manual_seed(0)
     model, example = make(), inputs()
-    return as_trained(model), example
+    return as_trained(model, example), example
 
 
-def as_trained(model: nn.Module) -> nn.Module:
-    """Statistics, scales and shifts of normalisations off their neutral values; evaluation mode."""
-    for module in model.modules():
-        if isinstance(getattr(module, "running_mean", None), Tensor):
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
+def as_trained(model: nn.Module, example: Inputs) -> nn.Module:
+    """Evaluation mode, an output that follows the input, normalisations off their neutral values.
+
+    Fresh weights often let the signal die out on the way; such a network's output would be right whatever was done to it.
+    """
+    for module in model.eval().modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding):
+            _amplify(weight)
         if "Norm" in type(module).__name__:
             for name, parameter in module.named_parameters(recurse=False):
                 nn.init.uniform_(parameter, 0.5, 1.5) if name == "weight" else nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    _measure(model, resized(example, 32))
+    return model
+
+
+@torch.no_grad()
+def _amplify(weight: Tensor) -> None:
+    """Scale up to the size that keeps the variance of what passes, in place."""
+    weight *= max(1.0, weight[0].numel() ** -0.5 / max(float(weight.square().mean()) ** 0.5, 1e-12))
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, inputs: Inputs) -> None:
+    """Give batch normalisations nearly the statistics of these inputs, in place."""
+    norms = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.train().momentum = 1.0
+    model(*inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval().momentum = momentum
+        norm.running_mean += 0.3 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean)
+        norm.running_var *= torch.empty_like(norm.running_var).uniform_(0.5, 2.0)
+        norm.running_var += 0.01
+
+
+def resized(inputs: Inputs, n: int) -> Inputs:
+    """Other inputs of the same kind, ``[n, ...]``: noise, or the example's integers shuffled."""
+    draw = torch.Generator().manual_seed(n)
+    return tuple(
+        torch.randn((n, *x.shape[1:]), generator=draw).to(x.dtype)
+        if x.is_floating_point()
+        else x.flatten()[torch.randint(x.numel(), (n, *x.shape[1:]), generator=draw)]
+        for x in inputs
+    )
 
 
 ZOO: dict[str, Callable[[], Built]] = {

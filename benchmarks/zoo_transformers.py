@@ -185,6 +185,9 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
         _classifier("EfficientNet", image_size=64, width_coefficient=0.25, depth_coefficient=0.3, hidden_dim=320),
         _image,
     ),
-    "hf-mobilenet-v1": (_classifier("MobileNetV1", depth_multiplier=0.25, image_size=64, min_depth=8), _image),
+    "hf-mobilenet-v1": (
+        _classifier("MobileNetV1", depth_multiplier=0.25, image_size=64, min_depth=8, classifier_dropout_prob=0.1),
+        _image,
+    ),
     "hf-mobilenet-v2": (_classifier("MobileNetV2", depth_multiplier=0.25, image_size=64, min_depth=8), _image),
 }  # fmt: skip

@@ -59,7 +59,7 @@ def tflite_model(network: Network) -> tuple[bytes, Layout]:
     with silence():
         import litert_torch
     one = tuple(x[:1].detach().cpu() for x in network.example_inputs)
-    module = _broadcasting(network.copy().to("cpu").eval().module)
+    module = _tiling(_broadcasting(network.copy().to("cpu").eval().module))
     with torch.no_grad():
         results = [x for x in pytree.tree_leaves(module(*_pair(one))) if isinstance(x, Tensor)]
     names, output_names = port_names(export_program(network))
@@ -124,6 +124,33 @@ def _repeated(x: Tensor, counts: list[int]) -> Tensor:
             x = x.reshape(math.prod(shape[:i]), math.prod(shape[i:])).repeat(1, count)
             shape[i] *= count
     return x.reshape(shape)
+
+
+def _tiling(module: fx.GraphModule) -> fx.GraphModule:
+    """Put `_tiled` in the place of folds without overlap, in place: LiteRT cannot run the scatter that they become."""
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.col2im.default):
+        _, size, kernel, dilation, padding, stride = node.args
+        if list(kernel) == list(stride) and not any(padding) and set(dilation) == {1} and not _rests(size, kernel):
+            node.target, node.args = _tiled, (node.args[0], size, kernel)
+    module.recompile()
+    return module
+
+
+def _rests(size: list[int], kernel: list[int]) -> bool:
+    return any(length % step for length, step in zip(size, kernel, strict=True))
+
+
+def _tiled(x: Tensor, size: list[int], kernel: list[int]) -> Tensor:
+    """`torch.nn.functional.fold` of tiles ``[N, C * kh * kw, L]`` that lie side by side: ``[N, C, *size]``.
+
+    Example:
+        >>> _tiled(torch.arange(8).view(1, 4, 2), [2, 4], [2, 2])
+        tensor([[[[0, 2, 1, 3],
+                  [4, 6, 5, 7]]]])
+    """
+    rows, columns = size[0] // kernel[0], size[1] // kernel[1]
+    tiles = x.reshape(x.shape[0], -1, *kernel, rows, columns)
+    return tiles.permute(0, 1, 4, 2, 5, 3).reshape(x.shape[0], -1, *size)
 
 
 def _pair(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """Criteria on cases with known answers, gates against plain gradients, branches, normalisation."""
 
+import gc
+
 import nets
 import numpy as np
 import pytest
@@ -330,3 +332,17 @@ def test_channels_and_branches_in_one_pass_must_score_as_in_two(criterion):
     torch.testing.assert_close(scores, channel_scores(network, channels, criterion, batches, squared))
     torch.testing.assert_close(worth, branch_scores(network, ends, criterion, batches, squared))
     assert (worth > 0).any()
+
+
+def test_gates_must_let_go_of_a_batch():
+    """Hooks that hold their own graph would keep every batch's activations until memory is full."""
+    network, channels = found(nets.trained(nets.resnet("A")), torch.randn(2, 3, 16, 16))
+    batches = [((torch.randn(11, 3, 16, 16),), torch.randn(11, 5)) for _ in range(3)]
+
+    def alive():
+        gc.collect()
+        return sum(type(x) is torch.Tensor and x.dim() == 4 and len(x) == 11 for x in gc.get_objects())
+
+    before = alive()
+    joint_scores(network, channels, branches(network), Fisher(), batches, squared)
+    assert alive() == before

@@ -268,6 +268,18 @@ class Grouped(nn.Module):
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
+class Tiles(nn.Module):
+    """An image taken apart into tiles and put together again."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(12, 20, 1)
+
+    def forward(self, image):
+        tiles = self.conv(nn.functional.unfold(image, (2, 2), stride=2))
+        return nn.functional.fold(tiles, (4, 6), (2, 2), stride=2)
+
+
 class Projected(nn.Module):
     """LSTMs that hand on fewer numbers than they keep: every layer and direction, the last states too."""
 
@@ -291,9 +303,10 @@ class Projected(nn.Module):
         (Signal(), (torch.randn(3, 2, 20),)),
         (Windows(), (torch.randn(2, 3, 4, 4),)),
         (Grouped(), (torch.randn(2, 12, 8),)),
+        (Tiles(), (torch.randn(2, 3, 4, 6),)),
         (Projected(), (torch.randn(2, 7, 6),)),
     ],
-    ids=["several", "same", "signal", "windows", "grouped", "projected"],
+    ids=["several", "same", "signal", "windows", "grouped", "tiles", "projected"],
 )
 def test_export_must_keep_the_inputs_and_outputs_of_any_network(model, inputs, suffix, tmp_path):
     network = trace(model, inputs)

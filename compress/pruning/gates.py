@@ -137,10 +137,11 @@ class Gates:
 
     def _run(self, network: Network, inputs: tuple[Tensor, ...], targets: Any, loss: Callable[[Any, Any], Tensor]) -> Tensor:
         total = torch.zeros(len(inputs[0]), self.count + 1, device=network.device)
-        outputs = _Gated(network.module, self.places, total).run(*inputs)
-        value = loss(outputs, targets)
+        gated = _Gated(network.module, self.places, total)
+        value = loss(gated.run(*inputs), targets)
         if value.requires_grad:  # without any gate on the way to it, it does not
             value.backward()
+        gated.release()
         return total[:, : self.count]
 
 
@@ -159,6 +160,7 @@ class _Gated(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, places: Iterable[Gate], total: Tensor):
         super().__init__(module)
         self._total = total
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._at: dict[str, list[Gate]] = {}
         for gate in places:
             self._at.setdefault(gate.node, []).append(gate)
@@ -180,14 +182,21 @@ class _Gated(fx.Interpreter):
         alias = torch.ops.aten.alias.default(value) if value.requires_grad else value.detach().requires_grad_()
         # what is changed in place must be kept as it was read
         kept = value.detach().clone() if any(_in_place(user) for user in operand.users) else value.detach()
+        total = self._total
 
         def hook(gradient: Tensor) -> None:
             product = kept * gradient
             for gate in gates:
-                self._total.index_add_(1, gate.index, gate.reduce(product, len(self._total)))
+                total.index_add_(1, gate.index, gate.reduce(product, len(total)))
 
-        alias.register_hook(hook)
+        self._hooks.append(alias.register_hook(hook))
         return alias.clone() if _in_place(reader) else alias
+
+    def release(self) -> None:
+        """Let go of the batch: a hook that holds what its own tensor leads to is a cycle that no collector sees."""
+        for hook in self._hooks:
+            hook.remove()
+        self.env.clear()
 
 
 def _in_place(n: fx.Node) -> bool:
