@@ -129,6 +129,12 @@ def test_parameters_and_bytes_must_be_budgets_too(network, task):
     assert budgets["bytes"]["after"] <= budgets["bytes"]["limit"] == 2000
 
 
+def test_a_peak_that_several_layers_share_must_fall(network, task):
+    smaller = Prune(Magnitude(), activations=0.7, precision="fp32", rounds=2, multiple=2)(network, task)
+    found = smaller.history[0]["budgets"]["activations"]
+    assert found["after"] <= found["limit"] == 0.7 * found["before"]
+
+
 def test_latency_must_be_paid_by_the_clock(network, task):
     class Clock:
         """Convolutions cost by their output channels, nothing else costs."""
