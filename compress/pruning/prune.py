@@ -127,13 +127,15 @@ class Prune:
     def __call__(self, network: Network, task: Task) -> Network:
         """Prune ``network``, which stays as it was; the result is in evaluation mode."""
         if self.latency is not None and self.clock is None:
-            raise RecipeError("Prune(latency=...) needs a clock that knows the target, a LatencyTable for example.")
+            raise RecipeError(
+                "Prune(latency=...) needs a clock: pass clock=edgepress.LatencyTable('litert', 'int8'), for example."
+            )
         start = self._start(network)
         batches = _Batches(task)
         rounds = Rounds(self.checkpoint, describe(self), network)
         smaller, done = rounds.last()
         with bar("Prune") as update:
-            while (i := len(done)) < self.rounds or (i < self.rounds + _EXTRA and self._missed(smaller, start)):
+            while (i := len(done)) < self.rounds or (i < self.rounds + _EXTRA and self._missed(self._left(smaller), start)):
                 fresh = batches.take(i * self.batches, self.batches)
                 smaller, found = self._round(smaller, task, fresh, start, min(1.0, (i + 1) / self.rounds))
                 if self.recover is not None:
@@ -142,7 +144,7 @@ class Prune:
                 rounds.keep(smaller, done)
                 update(min(1.0, (i + 1) / self.rounds), f"round {i + 1} of {self.rounds}")
         end = self._left(smaller)
-        if missed := self._missed(smaller, start):
+        if missed := self._missed(end, start):
             raise RecipeError(
                 f"Prune({missed}={self._budgets[missed]!r}) was not reached: {end[missed] / start.totals[missed]:.3f} of what "
                 "came in is left and no further step saves anything. Give it a larger budget or smaller multiple, or allow depth."
@@ -245,9 +247,10 @@ class Prune:
         channels = channels_of(analyse(network, self.attention))
         return {name: float(cost.total(_full(channels))) for name, cost in self._costs(channels).items()}
 
-    def _missed(self, network: Network, start: _Start) -> str:
+    @staticmethod
+    def _missed(left: dict[str, float], start: _Start) -> str:
         """A currency whose budget is not met; '' where all are."""
-        return next((n for n, left in self._left(network).items() if left > start.limits[n] * (1 + 1e-6)), "")
+        return next((name for name, value in left.items() if value > start.limits[name] * (1 + 1e-6)), "")
 
 
 @dataclass(frozen=True)
