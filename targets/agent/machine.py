@@ -1,0 +1,212 @@
+"""What a device is and what it is doing: CPU, memory, sensors, versions, load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+__all__ = [
+    "Energy",
+    "busy_s",
+    "celsius",
+    "emulated",
+    "environment",
+    "high_water",
+    "memory_bytes",
+    "mhz",
+    "readings",
+    "version_of",
+]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_PACKAGES = ("edgepress", "onnxruntime", "onnxruntime-gpu", "ai-edge-litert", "tflite-runtime", "tensorflow", "torch", "numpy",
+             "onnx", "litert-torch", "ai-edge-quantizer", "nncf")  # fmt: skip
+_FEATURES = (
+    # what decides which kernels a runtime picks: x86 first, then Arm
+    "sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_int8", "amx_bf16", "neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """What a timing depends on: CPU, cores, instruction sets, governor, load, sensors, versions. No names of host or user.
+
+    Returns:
+        Plain values, ready for JSON; None where the system does not say.
+
+    Example:
+        >>> environment()["cores"] >= 1
+        True
+    """
+    import platform
+
+    flags = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    versions = {name: version_of(name) for name in _PACKAGES}
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_features": [name for name in _FEATURES if name in flags],
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "virtual_machine": "hypervisor" in flags if _cpuinfo("flags") else None,
+        "emulated": emulated(),
+        "memory_bytes": memory_bytes(),
+        "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "packages": {name: version for name, version in versions.items() if version != "unknown"},
+        "timer_resolution_ns": min((b - a for a, b in readings(time.perf_counter_ns) if b > a), default=1),
+        "celsius": celsius(),
+        "mhz": mhz(),
+        "power_sensor": Energy().source,
+    }
+
+
+def emulated() -> str | None:
+    """Why this machine is taken for an emulated one; None for a real one. An emulated machine's time means nothing."""
+    import platform
+
+    if _read("/board/board.json") and json.loads(_read("/board/board.json") or "{}").get("emulated"):
+        return "board.json says so"
+    with contextlib.suppress(OSError):
+        if "qemu" in os.path.basename(os.readlink("/proc/thread-self/exe")):
+            return "qemu runs this process"
+    if platform.machine() == "aarch64" and _read("/proc/cpuinfo") and not _cpuinfo("CPU implementer"):
+        return "its /proc/cpuinfo is not an Arm CPU's"
+    return None
+
+
+def celsius() -> float | None:
+    """The hottest thermal zone."""
+    found = [int(text) / 1000 for zone in Path("/sys/class/thermal").glob("thermal_zone*/temp") if _digits(text := _read(zone))]
+    return max(found, default=None)
+
+
+def mhz() -> float | None:
+    """The fastest core's clock just now."""
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    return max((int(text) / 1000 for file in files if _digits(text := _read(file))), default=None)
+
+
+class Energy:
+    """Joules drawn so far, from the first sensor that can be read; None where there is none.
+
+    Intel and AMD count energy themselves (RAPL, whole package). Where there is only a power sensor (INA chips on Jetson boards,
+    hwmon, a battery) its reading times the time since the last one is added up.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.at = 0.0, time.monotonic()
+        self.counter = _first("/sys/class/powercap", "*-rapl:[0-9]/energy_uj")
+        self.power = None if self.counter else _first("/sys/class/hwmon", "hwmon*/power1_input")
+        self.battery = None if self.counter or self.power else _first("/sys/class/power_supply", "*/power_now")
+        self.last = self._raw()
+        self.source = "RAPL" if self.counter else "hwmon" if self.power else "battery" if self.battery else None
+
+    def _raw(self) -> float | None:
+        text = _read(self.counter or self.power or self.battery or "")
+        return int(text) / 1e6 if _digits(text) else None
+
+    def joules(self) -> float | None:
+        """Joules since this object was made."""
+        raw, now = self._raw(), time.monotonic()
+        if raw is None or self.last is None:
+            return None
+        if self.counter:
+            span = int(_read(Path(self.counter).parent / "max_energy_range_uj") or 0) / 1e6
+            self.total += raw - self.last if raw >= self.last else raw - self.last + span
+        else:
+            self.total += (raw + self.last) / 2 * (now - self.at)
+        self.last, self.at = raw, now
+        return self.total
+
+
+def busy_s() -> tuple[float, float] | None:
+    """CPU seconds that other processes used so far, over all cores, and those that a hypervisor took away."""
+    try:
+        ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    idle = ticks[3] + ticks[4]
+    if not idle:  # some sandboxes show a file of zeros
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - idle) / tick - time.process_time(), ticks[7] / tick
+
+
+def _first(folder: str, pattern: str) -> str | None:
+    return next((str(file) for file in sorted(Path(folder).glob(pattern)) if _digits(_read(file))), None)
+
+
+def _digits(text: str | None) -> bool:
+    return bool(text) and str(text).lstrip("-").isdigit()
+
+
+def _cpu_model() -> str:
+    """The CPU's marketing name, or the board's where the CPU has none (Arm)."""
+    import platform
+
+    board = (_read("/proc/device-tree/model") or "").strip("\0")
+    name = _cpuinfo("model name") or _cpuinfo("Model") or _cpuinfo("Hardware") or board
+    return name or platform.processor() or platform.machine() or "unknown"
+
+
+def _cpuinfo(key: str) -> str:
+    for line in (_read("/proc/cpuinfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def memory_bytes() -> int | None:
+    """Physical memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _read(path: str | Path) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def high_water() -> int:
+    """The most memory that this process has held, in bytes.
+
+    ``ru_maxrss`` is the second choice: on Linux a child starts with its parent's figure.
+    """
+    for line in (_read("/proc/self/status") or "").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def readings(clock: Callable[[], int]) -> list[tuple[int, int]]:
+    """Neighbouring readings of a clock: its smallest step is its precision."""
+    times = [clock() for _ in range(500)]
+    return list(zip(times, times[1:]))
+
+
+def version_of(distribution: str) -> str:
+    """Of an installed distribution; ``'unknown'`` where there is none."""
+    from importlib import metadata
+
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(distribution)
+    return "unknown"
