@@ -48,10 +48,13 @@ if TYPE_CHECKING:
     from edgepress.targets.measure import Plan as Plan
     from edgepress.targets.measure import measure as measure
     from edgepress.targets.measure import ratio as ratio
+    from edgepress.targets.microcontroller import check_microcontroller as check_microcontroller
+    from edgepress.targets.microcontroller import write_c_array as write_c_array
     from edgepress.targets.runtimes import open_runtime as open_runtime
     from edgepress.targets.verify import Parity as Parity
     from edgepress.targets.verify import verify as verify
 
+    from .compare import bench as bench
     from .pipeline import press as press
     from .recipe import Recipe as Recipe
     from .recipe import default_recipe as default_recipe
@@ -93,9 +96,12 @@ _NAMES = {
     "Plan": "targets.measure",
     "measure": "targets.measure",
     "ratio": "targets.measure",
+    "check_microcontroller": "targets.microcontroller",
+    "write_c_array": "targets.microcontroller",
     "open_runtime": "targets.runtimes",
     "Parity": "targets.verify",
     "verify": "targets.verify",
+    "bench": "compare",
     "press": "pipeline",
     "Recipe": "recipe",
     "default_recipe": "recipe",

@@ -1,30 +1,26 @@
-"""The command line: compress, export, bench, verify, inspect, tasks."""
+"""The command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from edgepress import __version__
 from edgepress.compress.errors import UserError
 
-if TYPE_CHECKING:
-    from edgepress.compress.network import Network
-    from edgepress.compress.task import Task
+from . import commands
+from .commands import ACCEPTED, INTERRUPTED, OURS, YOURS
 
 __all__ = ["main"]
 
-ACCEPTED, OURS, YOURS, OVER_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
-
 _EPILOG = """exit codes: 0 done, accepted; 3 no file met the budget (files are kept, the report says by how much);
 2 a mistake in what was given; 1 a fault of edgepress; 130 interrupted."""
+_DEVICE = "where the files run: local, ssh://user@host, adb://serial, emulated://core (default: local)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,189 +50,6 @@ def _failed(arguments: argparse.Namespace, text: str, code: int) -> int:
         traceback.print_exc()
     print(f"edgepress: {text}", file=sys.stderr)
     return code
-
-
-# ---- commands
-
-
-def _compress(arguments: argparse.Namespace) -> int:
-    from .pipeline import press
-    from .recipe import default_recipe, read_recipe
-    from .report import table, to_json
-
-    recipe = read_recipe(arguments.recipe) if arguments.recipe else default_recipe()
-    changes = {k: tuple(v) for k, v in (("formats", arguments.format), ("precisions", arguments.precision)) if v}
-    if changes:
-        from dataclasses import replace
-
-        recipe = replace(recipe, **changes)
-    out = Path(arguments.out) if arguments.out else None
-    report = press(
-        arguments.task, device=arguments.device, max_drop=arguments.max_drop, out=out, recipe=recipe, threads=arguments.threads
-    )
-    if arguments.json:
-        _print_json(to_json(report))
-    else:
-        _print(table(report))
-        print(f"Report: {(out or Path('runs') / report.task) / 'report.html'}")
-    return ACCEPTED if report.accepted else OVER_BUDGET
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from edgepress.targets.export import export
-    from edgepress.targets.verify import verify
-
-    network, task = _network(arguments.source)
-    calibration = task.calibration_batches if task is not None else None
-    artifact = export(network, arguments.file, arguments.precision, calibration)
-    parity = verify(artifact, network)
-    if not parity.ok:
-        artifact.path.unlink(missing_ok=True)
-        print(f"edgepress: {artifact.path} was not delivered: {parity.reason}", file=sys.stderr)
-        return OVER_BUDGET
-    if arguments.json:
-        _print_json({**_described(artifact), "max_abs": parity.max_abs, "max_rel": parity.max_rel})
-    else:
-        print(f"{artifact.path}: {artifact.format} {artifact.precision}, {artifact.bytes:,} bytes, {_parity(parity)}")
-    return ACCEPTED
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from edgepress.targets.artifact import read_artifact
-    from edgepress.targets.measure import measure, ratio
-
-    from .report import bench_table
-
-    artifacts = [read_artifact(file) for file in arguments.files]
-    measured = measure(artifacts, device=arguments.device, threads=arguments.threads)
-    ratios = [ratio(measured[0], m) for m in measured]
-    if arguments.json:
-        _print_json(
-            {"files": [_measured(m, r) for m, r in zip(measured, ratios, strict=True)], "environment": measured[0].environment}
-        )
-    else:
-        _print(bench_table(measured, ratios))
-    return ACCEPTED
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from edgepress.compress.task import metrics
-    from edgepress.targets.artifact import read_artifact
-    from edgepress.targets.runtimes import open_runtime
-    from edgepress.targets.verify import verify
-
-    network, task = _network(arguments.source)
-    artifact = read_artifact(arguments.file)
-    parity = verify(artifact, network)
-    values: dict[str, float] = {}
-    if parity.ok and task is not None:
-        runtime = open_runtime(artifact)
-        try:
-            values = metrics(task, runtime.predict)
-        finally:
-            runtime.close()
-    if arguments.json:
-        result = {
-            "ok": parity.ok,
-            "reason": parity.reason,
-            "max_abs": parity.max_abs,
-            "max_rel": parity.max_rel,
-            "metrics": values,
-        }
-        _print_json({**_described(artifact), **result})
-    else:
-        print(f"{artifact.path}: {_parity(parity) if parity.ok else parity.reason}")
-        for name, value in values.items():
-            print(f"  {name} {value:.4g}, by this file")
-    return ACCEPTED if parity.ok else OVER_BUDGET
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from edgepress.compress.pruning import inspect
-    from edgepress.compress.shorten import branches
-
-    from .report import inspect_table
-
-    network, _ = _network(arguments.source)
-    found = inspect(network)
-    removable = branches(network)
-    if arguments.json:
-        sizes = {"parameters": network.parameter_count, "macs": network.macs(), "bytes": network.bytes}
-        _print_json({**sizes, **asdict(found), "branches": [asdict(b) for b in removable], "history": list(network.history)})
-    else:
-        print(
-            f"{network.parameter_count:,} parameters, {network.macs() / 1e6:.2f} million MACs, {network.bytes:,} bytes of weights"
-        )
-        _print(inspect_table(found))
-        if removable:
-            print("Residual branches that Shorten can leave out: " + ", ".join(b.module for b in removable))
-    return ACCEPTED
-
-
-def _tasks(arguments: argparse.Namespace) -> int:
-    from .tasks import BUILT_IN
-
-    if arguments.json:
-        _print_json({name: what for name, (what, _) in BUILT_IN.items()})
-    else:
-        for name, (what, _) in BUILT_IN.items():
-            print(f"{name:<18} {what}")
-        print("file.py:function   your own: a function that returns an edgepress.Task (docs/your-own-network.md)")
-    return ACCEPTED
-
-
-# ---- pieces
-
-
-def _network(source: str) -> tuple[Network, Task | None]:
-    """A network saved by edgepress, or the original of a task."""
-    from edgepress.compress.network import Network, trace
-
-    from .tasks import load_task
-
-    if Path(source).is_dir():
-        return Network.load(source), None
-    task = load_task(source)
-    return trace(task.model, task.inputs), task
-
-
-def _described(artifact: Any) -> dict[str, Any]:
-    plain = {k: getattr(artifact, k) for k in ("format", "precision", "bytes", "sha256")}
-    return {"path": str(artifact.path), **plain}
-
-
-def _measured(measurement: Any, speedup: Any) -> dict[str, Any]:
-    latency = {k: getattr(measurement, k) for k in ("p50_ns", "p90_ns", "p99_ns", "mean_ns")}
-    return {
-        **_described(measurement.artifact),
-        "runtime": f"{measurement.runtime} {measurement.runtime_version}",
-        "threads": measurement.threads,
-        "latency": latency,
-        "speedup": {"value": speedup.value, "low": speedup.low, "high": speedup.high},
-        "peak_bytes": measurement.peak_bytes,
-        "noise": measurement.noise,
-    }
-
-
-def _parity(parity: Any) -> str:
-    return (
-        f"differs from the network by at most {parity.max_abs:.2g} ({parity.max_rel:.2g} relative) on {parity.examples} examples"
-    )
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, default=str))
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(renderable)
 
 
 # ---- arguments
@@ -306,11 +119,34 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
 def _bench_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", help=".onnx and .tflite files, from edgepress or not; the first is the baseline")
     _measuring_arguments(command)
+    command.add_argument(
+        "--runtime", type=_list, metavar="LIST", help="of onnxruntime,onnxruntime:xnnpack,onnxruntime:cuda,litert,"
+        "litert:no-xnnpack,tflite-runtime,tensorflow: each file is run by each that can (default: the first installed)",
+    )  # fmt: skip
+    command.add_argument("--task", help="judge the files on the device by this task's data and metric")
+    command.add_argument(
+        "--sustained",
+        type=_minutes,
+        default=0.0,
+        metavar="MINUTES",
+        help="go on for so long, to see whether the device throttles",
+    )
+
+
+def _devices_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("names", nargs="*", help="local, ssh://user@host, adb://serial or emulated://core (default: local)")
+
+
+def _micro_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", help="an int8 .tflite file")
+    command.add_argument("--arena", type=_positive, metavar="BYTES", help="the memory that there is for tensors")
+    command.add_argument("--c", metavar="FILE", help="write the file as a C array, with its header beside it: net.cc")
 
 
 def _verify_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", help="an .onnx or .tflite file")
     command.add_argument("source", help="the task, or the folder with the saved network, that it must agree with")
+    command.add_argument("--device", default="local", metavar="DEVICE", help=_DEVICE)
 
 
 def _inspect_arguments(command: argparse.ArgumentParser) -> None:
@@ -318,7 +154,7 @@ def _inspect_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _measuring_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="local", help="where the files are measured (default: local)")
+    command.add_argument("--device", default="local", metavar="DEVICE", help=_DEVICE)
     command.add_argument("--threads", type=_positive, default=1, metavar="N", help="of the runtimes (default: 1)")
 
 
@@ -328,6 +164,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of minutes above 0.")
+    return value
+
+
 def _list(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
@@ -335,34 +181,46 @@ def _list(text: str) -> list[str]:
 _Command = tuple[Callable[[argparse.Namespace], int], str, str, Callable[[argparse.ArgumentParser], None]]
 _COMMANDS: dict[str, _Command] = {
     "compress": (
-        _compress,
+        commands.compress,
         "prune, distil, quantize, export, check and measure a task's network",
         "edgepress compress digits --max-drop 1.0 --out runs/digits",
         _compress_arguments,
     ),
     "export": (
-        _export,
+        commands.export,
         "write a task's network, as it is, into one file and check it",
         "edgepress export my_task.py:build net.tflite --precision int8",
         _export_arguments,
     ),
     "bench": (
-        _bench,
+        commands.bench,
         "measure files against each other in one interleaved run",
         "edgepress bench net.onnx net.tflite --threads 1",
         _bench_arguments,
     ),
+    "devices": (
+        commands.devices,
+        "say what a device is: CPU, memory, runtimes, sensors",
+        "edgepress devices ssh://pi@raspberrypi",
+        _devices_arguments,
+    ),
+    "micro": (
+        commands.micro,
+        "run an int8 .tflite in TensorFlow Lite Micro: operators, arena, outputs; write it as C",
+        "edgepress micro net.tflite --c net.cc",
+        _micro_arguments,
+    ),
     "verify": (
-        _verify,
+        commands.verify,
         "run a file and compare it with the network it came from",
         "edgepress verify net.tflite my_task.py:build",
         _verify_arguments,
     ),
     "inspect": (
-        _inspect,
+        commands.inspect,
         "show what of a network can be pruned, and what freezes the rest",
         "edgepress inspect resnet56-cifar10",
         _inspect_arguments,
     ),
-    "tasks": (_tasks, "list the built-in tasks", "edgepress tasks", lambda command: None),
+    "tasks": (commands.tasks, "list the built-in tasks", "edgepress tasks", lambda command: None),
 }

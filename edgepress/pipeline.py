@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -24,11 +24,11 @@ from edgepress.compress.pruning import Prune
 from edgepress.compress.sparsify import dense_twin
 from edgepress.compress.task import Predict, Task, metrics
 from edgepress.targets.artifact import Artifact, deflated_bytes
+from edgepress.targets.devices import Device, Failed, Job, find_device
 from edgepress.targets.export import export
 from edgepress.targets.latency import LatencyTable
-from edgepress.targets.local import peak_memory
-from edgepress.targets.measure import Measurement, find_device, measure, noise_warning, ratio
-from edgepress.targets.runtimes import open_runtime
+from edgepress.targets.measure import Measurement, measure, noise_warning, ratio
+from edgepress.targets.runtimes import random_feeds
 from edgepress.targets.verify import Parity, verify
 
 from . import __version__
@@ -42,7 +42,7 @@ __all__ = ["press"]
 def press(
     task: Task | str,
     *,
-    device: str = "local",
+    device: str | Device = "local",
     max_drop: float = 1.0,
     out: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -70,8 +70,12 @@ def press(
     """
     task = load_task(task) if isinstance(task, str) else task
     recipe = recipe or default_recipe()
-    find_device(device)
     folder = _writable(Path(out) if out is not None else Path("runs") / task.name)
+    with contextlib.closing(find_device(device)) as place:
+        return _press(task, recipe, place, folder, max_drop, threads)
+
+
+def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: float, threads: int) -> Report:
     clock = _Clock()
     with clock.stage("trace"):
         original = trace(task.model, task.inputs)
@@ -85,12 +89,12 @@ def press(
     with clock.stage("export"):
         candidates = _export_all({"original": original, "pressed": pressed}, task, recipe, folder, warnings)
     with clock.stage("judge the files"):
-        judged = [found for candidate in candidates if (found := _run_file(candidate, task, judge, warnings)) is not None]
+        judged = [found for candidate in candidates if (found := _run_file(candidate, task, judge, place, warnings)) is not None]
     if not any(f.baseline for f in judged):
         raise FileError("None of the original's fp32 files works, so there is nothing to compare with: " + " ".join(warnings))
     with clock.stage("measure"), _dense_twins(judged, pressed, task, warnings) as twins:
         _say("Measuring {} files in turns.", len(judged) + len(twins))
-        measured = measure([f.artifact for f in judged] + list(twins.values()), device=device, threads=threads)
+        measured = measure([f.artifact for f in judged] + list(twins.values()), device=place, threads=threads)
     noise = noise_warning(measured)
     if noise:
         warnings.append(noise)
@@ -221,11 +225,11 @@ class _Judged:
     deciding_drop: float
 
 
-def _run_file(candidate: _Candidate, task: Task, judge: _Judge, warnings: list[str]) -> _Judged | None:
+def _run_file(candidate: _Candidate, task: Task, judge: _Judge, place: Device, warnings: list[str]) -> _Judged | None:
     """Run one file and judge it; one that does not work is taken away and said so."""
     artifact = candidate.artifact
     try:
-        peak_memory(artifact)  # in a process of its own: a file that crashes its runtime must not take the run with it
+        _tried(artifact, place)
         parity = verify(artifact, candidate.network)
         reason = "" if parity.ok else parity.reason
     except UserError as error:
@@ -235,12 +239,19 @@ def _run_file(candidate: _Candidate, task: Task, judge: _Judge, warnings: list[s
         warnings.append(f"{artifact.path.name} was not delivered: {reason}")
         return None
     _say("Running {} on the task's data.", artifact.path.name)
-    runtime = open_runtime(artifact, threads=os.cpu_count() or 1)
+    runtime = place.open(artifact, threads=place.environment().get("usable_cores") or 1)
     try:
         values, drop, deciding = judge.file(runtime.predict)
     finally:
         runtime.close()
     return _Judged(artifact, candidate.baseline, parity, values, drop, deciding)
+
+
+def _tried(artifact: Artifact, place: Device) -> None:
+    """Run a file in a process of its own: one that crashes its runtime must not take the run with it."""
+    outcome = place.check(Job(artifact, random_feeds(artifact)))
+    if isinstance(outcome, Failed):
+        raise outcome.error
 
 
 @dataclass(frozen=True)

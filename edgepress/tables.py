@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from edgepress.targets.measure import noise_warning
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from edgepress.targets.measure import Measurement
     from edgepress.targets.stats import Ratio
 
+    from .compare import Benched
     from .report import FileResult, Report
 
-__all__ = ["bench_table", "inspect_table", "table"]
+__all__ = ["bench_table", "device_table", "inspect_table", "table"]
 
 
 def table(report: Report) -> RenderableType:
@@ -39,35 +40,82 @@ def table(report: Report) -> RenderableType:
     return Group(grid, Text(""), *reasons, *sparse, *notes, verdict)
 
 
-def bench_table(measured: Sequence[Measurement], ratios: Sequence[Ratio]) -> RenderableType:
-    """Files that were measured in one run, each with its speed against the first.
+def bench_table(rows: Sequence[Benched]) -> RenderableType:
+    """Files that were measured in one run, each with its speed against the first that ran.
 
     Args:
-        measured: of one `edgepress.targets.measure.measure`.
-        ratios: of each, the first against itself included.
+        rows: of one `edgepress.compare.bench`, one measured at least.
     """
     from rich.console import Group
     from rich.text import Text
 
-    heads = ("file", "runtime", "size", "memory", "p50", "p90", "p99", "faster ±95 %")
-    grid = _grid(heads, words=("file", "runtime"))
-    for i, (times, speed) in enumerate(zip(measured, ratios, strict=True)):
-        cells = [
-            times.artifact.path.name,
-            times.runtime,
-            format_bytes(times.artifact.bytes),
-            format_bytes(times.peak_bytes),
-            *(format_ms(value) for value in (times.p50_ns, times.p90_ns, times.p99_ns)),
-            _factor(speed) if i else "baseline",
-        ]
+    measured = [row.measurement for row in rows if row.measurement is not None]
+    columns = _bench_columns(rows)
+    grid = _grid([head for head, _ in columns], words=("file", "runtime"))
+    for row in rows:
+        cells = [cell(row) for _, cell in columns]
         grid.add_row(*(Text(_dash(cell)) for cell in cells))
-    same = [m.artifact.path.name for m, r in zip(measured[1:], ratios[1:], strict=True) if not r.decided]
-    notes = [Text(f"Cannot tell which is faster: {measured[0].artifact.path.name} or {name}.") for name in same]
+    first = measured[0]
+    same = [r.artifact.path.name for r in rows if r.speedup and r.measurement is not first and not r.speedup.decided]
+    notes = [Text(f"Cannot tell which is faster: {first.artifact.path.name} or {name}.") for name in same]
     if warning := noise_warning(measured):
         notes.append(Text(f"Warning: {warning}", style="yellow"))
-    first = measured[0]
-    where = f"{first.environment.get('cpu', first.device)}, {first.threads} thread{'s' * (first.threads != 1)}, "
+    where = f"{first.environment.get('cpu') or first.device}, {first.threads} thread{'s' * (first.threads != 1)}, "
     return Group(grid, Text(""), *notes, Text(f"{where}{len(first.samples_ns)} interleaved rounds.", style="dim"))
+
+
+def _bench_columns(rows: Sequence[Benched]) -> list[tuple[str, Callable[[Benched], str]]]:
+    """Heads and what stands below them; energy, metrics and agreement only where there are any."""
+    baseline = next(row for row in rows if row.measurement is not None)
+
+    def of(value: Callable[[Measurement], str]) -> Callable[[Benched], str]:
+        return lambda row: value(row.measurement) if row.measurement is not None else NOT_MEASURED
+
+    columns: list[tuple[str, Callable[[Benched], str]]] = [
+        ("file", lambda row: row.artifact.path.name),
+        ("runtime", of(lambda m: f"{m.runtime} {m.runtime_version}")),
+        ("size", lambda row: format_bytes(row.artifact.bytes)),
+        ("memory", of(lambda m: format_bytes(m.peak_bytes))),
+        ("cold", of(lambda m: format_ms(m.load_ns + m.first_ns if m.load_ns is not None and m.first_ns is not None else None))),
+        ("p50", of(lambda m: format_ms(m.p50_ns))),
+        ("p90", of(lambda m: format_ms(m.p90_ns))),
+        ("p99", of(lambda m: format_ms(m.p99_ns))),
+        ("faster ±95 %", lambda row: "baseline" if row is baseline else _factor(row.speedup)),
+    ]
+    if any(row.measurement and row.measurement.joules is not None for row in rows):
+        columns.append(("energy", of(lambda m: NOT_MEASURED if m.joules is None else f"{m.joules * 1e3:.3g} mJ")))
+    for name in dict.fromkeys(name for row in rows for name in row.metrics or ()):
+        columns.append((name, lambda row, name=name: format_metric((row.metrics or {}).get(name))))  # type: ignore[misc]
+    if any(row.apart is not None for row in rows):
+        columns.append(("apart", lambda row: NOT_MEASURED if row.apart is None else f"{row.apart:.2g}"))
+    return columns
+
+
+def device_table(name: str, facts: dict[str, Any]) -> RenderableType:
+    """What a device says of itself, one fact a line."""
+    from rich.text import Text
+
+    cores, memory = facts.get("cores"), facts.get("memory_bytes")
+    load = facts.get("load_average")
+    lines = {
+        "CPU": f"{facts.get('cpu')} ({facts.get('architecture')}), {cores} cores",
+        "features": " ".join(facts.get("cpu_features") or []),
+        "memory": format_bytes(memory) if memory else None,
+        "governor": facts.get("governor"),
+        "clock": f"{facts['mhz']:.0f} MHz" if facts.get("mhz") else None,
+        "temperature": f"{facts['celsius']:.0f} degrees Celsius" if facts.get("celsius") is not None else None,
+        "power": facts.get("power_sensor") or "no sensor: energy is not measured",
+        "load": f"{load[0]} of {cores} cores" if load else None,
+        "system": f"{facts.get('os')}, Python {facts.get('python')}",
+        "packages": ", ".join(f"{k} {v}" for k, v in (facts.get("packages") or {}).items()),
+        "emulated": f"yes: {facts['emulated']}; its time means nothing" if facts.get("emulated") else None,
+        "virtual": "yes: its host's other guests make noise" if facts.get("virtual_machine") else None,
+    }
+    grid = _grid((name, ""), words=(name, ""))
+    for key, value in lines.items():
+        if value:
+            grid.add_row(Text(key, style="dim"), Text(str(value)))
+    return grid
 
 
 def inspect_table(found: Inspection) -> RenderableType:

@@ -18,7 +18,7 @@ from edgepress.compress.task import Batches
 from .artifact import METADATA_KEY, Artifact, read_artifact
 from .calibration import pieces
 
-__all__ = ["FORMATS", "PRECISIONS", "export"]
+__all__ = ["FORMATS", "PRECISIONS", "export", "write_file"]
 
 FORMATS = (".onnx", ".tflite")
 PRECISIONS = ("fp32", "int8")
@@ -74,7 +74,7 @@ def export(
     make: Callable[..., bytes] = {".onnx": _onnx, ".tflite": _tflite}[path.suffix]
     with _explained(path.suffix, precision):
         content = make(network, precision, calibration, _notes(network, precision))
-    _write(path, content)
+    write_file(path, content)
     return read_artifact(path)
 
 
@@ -154,7 +154,7 @@ def _check_folder(path: Path) -> None:
         raise FileError(f"Cannot write to the folder {folder}: choose another or change its permissions.")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Under a temporary name first: a file of that name is either the old one or the whole new one."""
     scratch: str | None = None
     try:

@@ -27,7 +27,7 @@ from edgepress.compress.progress import bar
 from edgepress.compress.pruning.layers import Layer
 
 from . import probe_onnx, probe_tflite
-from .local import environment
+from .agent.machine import environment
 from .probe_onnx import onnx_context, open_onnx
 from .probe_tflite import open_tflite
 from .runtimes import import_runtime

@@ -7,59 +7,22 @@ the runtime would call it.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import itertools
-import math
-import time
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from edgepress.compress.errors import DeviceError, UserError
+from edgepress.compress.errors import UserError
+from edgepress.compress.progress import bar
 
 from .artifact import Artifact
-from .local import Local, Memory
-from .runtimes import Runtime, random_feeds
+from .devices import Device, Failed, Job, Outcome, find_device
+from .runtimes import random_feeds
 from .stats import Ratio, noise_reasons, percentile, ratio_of_medians
 
-__all__ = ["Device", "Measurement", "Plan", "Ratio", "find_device", "measure", "noise_warning", "ratio"]
-
-_DEVICES = {"local": Local}
-_TIMER_STEPS = 100  # a sample lasts at least so many steps of the clock: 1 % precision
-_LEAST_ROUNDS = 5  # with fewer an interval says little
-_SETTLED = 0.05  # two windows of the warm-up whose medians differ by less are alike
-_LONG_NS = 1_000_000_000  # a run this long is taken once a round
-
-Clock = Callable[[], int]
-
-
-class Device(Protocol):
-    """Where files run.
-
-    Attributes:
-        name: as the user calls it.
-    """
-
-    name: str
-
-    def environment(self) -> dict[str, Any]:
-        """What the timings depend on, as plain values."""
-        ...
-
-    def open(self, artifact: Artifact, threads: int) -> Runtime:
-        """Load a file."""
-        ...
-
-    def peak_memory(self, artifact: Artifact, threads: int, feeds: Sequence[np.ndarray] | None, timeout_s: float) -> Memory:
-        """Load and run a file in a process of its own."""
-        ...
-
-    def busy_s(self) -> float | None:
-        """CPU seconds used by everything else so far, over all cores; None where unknown."""
-        ...
+__all__ = ["Measurement", "Plan", "Ratio", "measure", "noise_warning", "ratio", "try_measure"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +35,9 @@ class Plan:
         max_samples: most samples in one turn.
         warmup_s: each file is run at least this long before, up to ten times as long until its times settle.
         budget_s: for all rounds of all files together; rounds are left out, down to five, where it would be exceeded.
-        memory: whether peak memory is measured, in a process of its own.
-        timeout_s: for that process.
+        sustained_s: rounds go on for so long, whatever ``rounds`` and ``budget_s`` say: some devices throttle only then.
+        wait_s: how long to wait for another benchmark that holds the device.
+        timeout_s: for one file, before it is given up.
         seed: of the random order of the files within each round, and of random inputs.
 
     Example:
@@ -86,14 +50,15 @@ class Plan:
     max_samples: int = 1000
     warmup_s: float = 0.3
     budget_s: float = 60.0
-    memory: bool = True
+    sustained_s: float = 0.0
+    wait_s: float = 300.0
     timeout_s: float = 120.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rounds < 2 or self.max_samples < 1:
             raise UserError("A measuring plan needs at least 2 rounds (for an interval) and 1 sample in each.")
-        if min(self.min_round_s, self.warmup_s) < 0 or min(self.budget_s, self.timeout_s) <= 0:
+        if min(self.min_round_s, self.warmup_s, self.sustained_s, self.wait_s) < 0 or min(self.budget_s, self.timeout_s) <= 0:
             raise UserError("The times of a measuring plan must be positive.")
 
 
@@ -111,7 +76,11 @@ class Measurement:
         loops: runs that each sample is the mean of; above 1 only where a run is too short for the clock.
         peak_bytes: most memory held by a process of its own that loads and runs the file; None where not measured.
         idle_bytes: the same process before it loaded the runtime and the file.
-        environment: of the device; `other_cores` is how many cores everything else kept busy meanwhile.
+        load_ns: nanoseconds to load the file in that process, and
+        first_ns: nanoseconds of its first run there: together the cold start. None where not measured.
+        joules: drawn by one run, by the device's own sensor, everything else on it included; None where there is no sensor.
+        environment: of the device; ``other_cores`` is how many cores everything else kept busy meanwhile, ``stolen_cores`` how
+            many a hypervisor took away, ``trace`` seconds, MHz and degrees Celsius after each round.
 
     Example:
         >>> from pathlib import Path
@@ -130,6 +99,9 @@ class Measurement:
     loops: int = 1
     peak_bytes: int | None = None
     idle_bytes: int | None = None
+    load_ns: int | None = None
+    first_ns: int | None = None
+    joules: float | None = None
     environment: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -155,8 +127,7 @@ class Measurement:
     @property
     def noise_reasons(self) -> tuple[str, ...]:
         """What speaks against these samples, in words; empty where nothing does."""
-        busy = _busy_reason(self.environment, self.threads)
-        return (*noise_reasons(self.samples_ns), *([busy] if busy else []))
+        return (*noise_reasons(self.samples_ns), *_meanwhile(self.environment, self.threads))
 
     @property
     def noise(self) -> str | None:
@@ -180,51 +151,79 @@ def measure(
     threads: int = 1,
     plan: Plan | None = None,
     feeds: Sequence[Sequence[np.ndarray]] | None = None,
+    runtimes: Sequence[str | None] | None = None,
 ) -> list[Measurement]:
     """Run files in turns on one device and keep every sample.
 
     Args:
         artifacts: the files; the same one may come twice.
-        device: ``'local'``, or an object that is a `Device`.
+        device: ``'local'``, ``'ssh://user@host'``, ``'adb://serial'``, or an object that is a `Device`.
         threads: how many each file may use.
         plan: how long and how often.
         feeds: for each file its inputs, in the file's own layout; random ones where None.
+        runtimes: for each file what runs it there (see `open_runtime`); the first installed one where None.
 
     Returns:
         One measurement for each file, in the same order, with equally many rounds.
 
     Raises:
-        DeviceError: there is no such device, or a runtime is missing.
+        DeviceError: there is no such device, it cannot be reached, or a runtime is missing there.
         FileError: a file cannot be loaded or run, or crashes its runtime.
         UserError: no files, or feeds that do not match them.
     """
+    found = try_measure(artifacts, device, threads, plan, feeds, runtimes)
+    for outcome in found:
+        if isinstance(outcome, UserError):
+            raise outcome
+    return [outcome for outcome in found if isinstance(outcome, Measurement)]
+
+
+def try_measure(
+    artifacts: Sequence[Artifact],
+    device: str | Device = "local",
+    threads: int = 1,
+    plan: Plan | None = None,
+    feeds: Sequence[Sequence[np.ndarray]] | None = None,
+    runtimes: Sequence[str | None] | None = None,
+) -> list[Measurement | UserError]:
+    """`measure`, but a file that fails has its error in the list and the others are measured."""
     plan, place = plan or Plan(), find_device(device)
-    _check(artifacts, threads, feeds)
-    given = feeds if feeds is not None else [None] * len(artifacts)
-    environment = place.environment()
-    memories = _memories(place, artifacts, threads, given, plan)  # first: it shows whether a file crashes its runtime
-    inputs = [random_feeds(a, plan.seed) if f is None else list(f) for a, f in zip(artifacts, given, strict=True)]
-    with contextlib.ExitStack() as stack:
-        turns = []
-        for artifact, values in zip(artifacts, inputs, strict=True):
-            turns.append(_Turn(place.open(artifact, threads), values))
-            stack.callback(turns[-1].runtime.close)
-        environment["other_cores"] = _interleave(turns, plan, place)
-    return [
-        Measurement(
-            artifact=turn.runtime.artifact,
-            device=place.name,
-            runtime=turn.runtime.name,
-            runtime_version=turn.runtime.version,
-            threads=threads,
-            samples_ns=tuple(turn.rounds),
-            loops=turn.loops,
-            peak_bytes=memory.peak_bytes if memory else None,
-            idle_bytes=memory.idle_bytes if memory else None,
-            environment=environment,
+    _check(artifacts, threads, feeds, runtimes)
+    jobs = [
+        Job(artifact, random_feeds(artifact, plan.seed) if given is None else list(given), runtime)
+        for artifact, given, runtime in zip(
+            artifacts, feeds or [None] * len(artifacts), runtimes or [None] * len(artifacts), strict=True
         )
-        for turn, memory in zip(turns, memories, strict=True)
     ]
+    try:
+        environment = place.environment()
+        with bar("Measure") as update:
+            outcomes, seen = place.measure(jobs, threads, dataclasses.asdict(plan), update)
+    finally:
+        if place is not device:
+            place.close()
+    environment |= seen | {"device": place.name}
+    return [_measurement(job, outcome, place.name, threads, environment) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+
+def _measurement(job: Job, outcome: Outcome, device: str, threads: int, environment: dict[str, Any]) -> Measurement | UserError:
+    if isinstance(outcome, Failed):
+        return outcome.error
+    return Measurement(
+        artifact=job.artifact,
+        device=device,
+        runtime=outcome.runtime,
+        runtime_version=outcome.version,
+        threads=threads,
+        samples_ns=outcome.samples_ns,
+        loops=outcome.loops,
+        peak_bytes=outcome.peak_bytes,
+        idle_bytes=outcome.idle_bytes,
+        load_ns=outcome.load_ns,
+        first_ns=outcome.first_ns,
+        joules=outcome.joules / outcome.runs if outcome.joules is not None and outcome.runs else None,
+        environment=environment,
+    )
 
 
 def ratio(baseline: Measurement, other: Measurement) -> Ratio:
@@ -249,139 +248,47 @@ def ratio(baseline: Measurement, other: Measurement) -> Ratio:
     return ratio_of_medians(baseline.samples_ns, other.samples_ns)
 
 
-def find_device(device: str | Device) -> Device:
-    """The device of that name; a `Device` is returned as it is.
-
-    Raises:
-        DeviceError: there is none.
-
-    Example:
-        >>> find_device("local").name
-        'local'
-    """
-    if not isinstance(device, str):
-        return device
-    if device not in _DEVICES:
-        known = ", ".join(f"'{name}'" for name in _DEVICES)
-        raise DeviceError(f"There is no device '{device}'; this version of edgepress measures on {known} only.")
-    return _DEVICES[device]()
-
-
-def _check(artifacts: Sequence[Artifact], threads: int, feeds: Sequence[Sequence[np.ndarray]] | None) -> None:
+def _check(
+    artifacts: Sequence[Artifact],
+    threads: int,
+    feeds: Sequence[Sequence[np.ndarray]] | None,
+    runtimes: Sequence[str | None] | None,
+) -> None:
     if not artifacts:
         raise UserError("There is nothing to measure: name at least one file.")
     if threads < 1:
         raise UserError(f"{threads} threads cannot run a file: ask for 1 or more.")
     if feeds is not None and len(feeds) != len(artifacts):
         raise UserError(f"There are feeds for {len(feeds)} of {len(artifacts)} files: give a list of arrays for each.")
+    if runtimes is not None and len(runtimes) != len(artifacts):
+        raise UserError(f"There are runtimes for {len(runtimes)} of {len(artifacts)} files: name one for each, or none at all.")
 
 
-def _memories(
-    device: Device,
-    artifacts: Sequence[Artifact],
-    threads: int,
-    feeds: Sequence[Sequence[np.ndarray] | None],
-    plan: Plan,
-) -> list[Memory | None]:
-    if not plan.memory:
-        return [None] * len(artifacts)
-    return [device.peak_memory(a, threads, f, plan.timeout_s) for a, f in zip(artifacts, feeds, strict=True)]
-
-
-def _busy_reason(environment: dict[str, Any], threads: int) -> str | None:
-    """Whether anything else left too few cores free while the files were timed."""
+def _meanwhile(environment: dict[str, Any], threads: int) -> list[str]:
+    """What else happened on the device while the files were timed."""
     cores, load = environment.get("cores") or 1, environment.get("load_average")
     others = environment.get("other_cores")
     if others is None and load:  # the second choice: it looks back a minute, into work of our own that came before
         others = load[0]
-    if others is None or others <= max(cores - threads - 0.25, 0.25):
-        return None
-    return f"other work kept {others:.1f} of {cores} cores busy"
+    reasons = []
+    if others is not None and others > max(cores - threads - 0.25, 0.25):
+        reasons.append(f"other work kept {others:.1f} of {cores} cores busy")
+    if (stolen := environment.get("stolen_cores") or 0) > 0.05:
+        reasons.append(f"a hypervisor took {stolen:.2f} of {cores} cores away")
+    if abs(jump := environment.get("clock_jump_s") or 0) > 1:
+        reasons.append(f"the clock of the device jumped by {jump:.0f} s")
+    return reasons + _throttled(environment.get("trace") or [])
 
 
-# ---- taking turns
-
-
-@dataclass
-class _Turn:
-    """One file's part in the run."""
-
-    runtime: Runtime
-    feeds: list[np.ndarray]
-    typical_ns: float = 0.0
-    loops: int = 1
-    repeats: int = 1
-    rounds: list[tuple[int, ...]] = field(default_factory=list)
-
-    def sample(self, clock: Clock) -> int:
-        run, feeds = self.runtime.run, self.feeds
-        start = clock()
-        for _ in range(self.loops):
-            run(feeds)
-        return round((clock() - start) / self.loops)
-
-    @property
-    def settle(self) -> int:
-        """Runs before a round's first sample: the neighbour has left its own data in the caches."""
-        return max(1, min(50, self.repeats // 10))
-
-
-def _interleave(turns: Sequence[_Turn], plan: Plan, device: Device, clock: Clock = time.perf_counter_ns) -> float | None:
-    """Warm up, choose repeats, take turns. Returns how many cores everything else kept busy meanwhile."""
-    for turn in turns:
-        _warm_up(turn, plan, clock)
-        _choose_repeats(turn, plan, clock)
-    order = np.random.default_rng(plan.seed)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    start, busy = time.perf_counter(), device.busy_s()
-    try:
-        for _ in range(_rounds(turns, plan)):
-            for i in order.permutation(len(turns)):
-                _take_round(turns[i], clock)
-    finally:
-        if collecting:
-            gc.enable()
-    end, busy_end = time.perf_counter(), device.busy_s()
-    if busy is None or busy_end is None:
-        return None
-    return round(max(busy_end - busy, 0.0) / max(end - start, 1e-9), 2)
-
-
-def _warm_up(turn: _Turn, plan: Plan, clock: Clock) -> None:
-    """Run until two windows in a row have like medians: caches, frequency and the runtime's own lazy work have settled."""
-    window_ns = plan.warmup_s * 1e9 / 2
-    start, before = clock(), math.inf
-    while True:
-        samples = [turn.sample(clock)]
-        opened = clock()
-        while clock() - opened < window_ns:
-            samples.append(turn.sample(clock))
-        turn.typical_ns = max(float(np.median(samples)), 1.0)
-        if abs(turn.typical_ns / before - 1) < _SETTLED or clock() - start >= 10 * plan.warmup_s * 1e9:
-            return
-        before = turn.typical_ns
-
-
-def _choose_repeats(turn: _Turn, plan: Plan, clock: Clock) -> None:
-    step = min((b - a for a, b in _readings(clock) if b > a), default=1)
-    turn.loops = max(1, math.ceil(_TIMER_STEPS * step / turn.typical_ns))
-    wanted = math.ceil(plan.min_round_s * 1e9 / (turn.typical_ns * turn.loops))
-    turn.repeats = min(max(wanted, 3 if turn.typical_ns < _LONG_NS else 1), plan.max_samples)
-
-
-def _readings(clock: Clock) -> list[tuple[int, int]]:
-    readings = [clock() for _ in range(500)]
-    return list(itertools.pairwise(readings))
-
-
-def _rounds(turns: Sequence[_Turn], plan: Plan) -> int:
-    one_ns = sum(turn.typical_ns * turn.loops * (turn.repeats + turn.settle) for turn in turns)
-    return min(plan.rounds, max(_LEAST_ROUNDS, int(plan.budget_s * 1e9 / one_ns)))
-
-
-def _take_round(turn: _Turn, clock: Clock) -> None:
-    for _ in range(turn.settle):
-        turn.sample(clock)
-    turn.rounds.append(tuple(turn.sample(clock) for _ in range(turn.repeats)))
+def _throttled(trace: Sequence[Sequence[float | None]]) -> list[str]:
+    """Whether the CPU's clock fell, and how hot it was then."""
+    clocks = [mhz for _, mhz, _ in trace if mhz]
+    if len(clocks) < 4 or clocks[0] <= 0:
+        return []
+    quarter = max(len(clocks) // 4, 1)
+    first, last = max(clocks[:quarter]), max(clocks[-quarter:])
+    if last > 0.9 * first:
+        return []
+    heat = [celsius for _, _, celsius in trace if celsius is not None]
+    at = f" at {max(heat):.0f} degrees Celsius" if heat else ""
+    return [f"the CPU's clock fell from {first:.0f} to {last:.0f} MHz{at}"]

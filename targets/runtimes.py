@@ -1,20 +1,21 @@
-"""Run a file: ONNX Runtime for .onnx, LiteRT for .tflite, each imported only when it is used."""
+"""Run a file in a runtime of this process, with the same code that an agent runs on a device."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from edgepress.compress.errors import DeviceError, FileError, UserError
 
+from .agent import frames, sessions
 from .artifact import Artifact, Port
 from .layout import real, stored
-from .silence import silence
 
-__all__ = ["LiteRt", "OnnxRuntime", "Runtime", "import_runtime", "open_runtime", "predict", "random_feeds"]
+__all__ = ["Runtime", "check_feeds", "explain", "import_runtime", "open_runtime", "predict", "random_feeds"]
 
 _INNER_SIZES = (1, 16, 64, 256, 1024)
 """Tried in this order for open sizes other than the batch: a signal of one sample is too short for many networks."""
@@ -24,7 +25,7 @@ class Runtime(Protocol):
     """A file made ready to run.
 
     Attributes:
-        name: ``'onnxruntime'`` or ``'litert'``.
+        name: ``'onnxruntime'``, ``'litert'``, ``'tflite-runtime'`` or ``'tensorflow'``, with the choice within it behind a colon.
         version: of the runtime.
         artifact: the file.
     """
@@ -37,6 +38,10 @@ class Runtime(Protocol):
         """Run once, in the file's own layout, types and batch size. This is what is timed."""
         ...
 
+    def run_pieces(self, feeds: Sequence[np.ndarray], size: int | None) -> list[np.ndarray]:
+        """Run a batch in pieces of ``size`` examples; at once where it is None."""
+        ...
+
     def predict(self, *inputs: np.ndarray) -> Any:
         """Run in the network's layout at any batch size, quantized ports as floats: one array, or a tuple of several."""
         ...
@@ -46,119 +51,113 @@ class Runtime(Protocol):
         ...
 
 
-def open_runtime(artifact: Artifact, threads: int = 1) -> Runtime:
-    """Load a file into the runtime that runs its format, on the CPU.
+def open_runtime(artifact: Artifact, threads: int = 1, runtime: str | None = None) -> Runtime:
+    """Load a file into a runtime in this process.
 
     Args:
         artifact: what `read_artifact` or `export` gave.
         threads: how many threads one run may use.
+        runtime: ``'onnxruntime'``, also with one of its execution providers (``'onnxruntime:xnnpack'``, ``'onnxruntime:cuda'``);
+            ``'litert'``, ``'tflite-runtime'``, ``'tensorflow'``, each also without its delegate (``'litert:no-xnnpack'``). None
+            takes the first installed one that runs the file's format.
 
     Raises:
         DeviceError: the runtime is not installed.
         FileError: the runtime refuses the file.
+        UserError: there is no such runtime for this format, or no threads.
     """
-    if threads < 1:
-        raise UserError(f"{threads} threads cannot run a file: ask for 1 or more.")
-    kinds: dict[str, type[OnnxRuntime] | type[LiteRt]] = {"onnx": OnnxRuntime, "tflite": LiteRt}
-    return kinds[artifact.format](artifact, threads)
+    return _InProcess(artifact, threads, runtime)
 
 
-class OnnxRuntime:
-    """An ONNX file in ONNX Runtime's CPU provider: operators one after the other, each on ``threads`` threads."""
+class _InProcess:
+    """A file in a runtime of this process."""
 
-    name = "onnxruntime"
-
-    def __init__(self, artifact: Artifact, threads: int = 1):
-        ort = import_runtime("onnxruntime", "onnxruntime")
+    def __init__(self, artifact: Artifact, threads: int, runtime: str | None):
+        if threads < 1:
+            raise UserError(f"{threads} threads cannot run a file: ask for 1 or more.")
         self.artifact = artifact
-        self.version: str = ort.__version__
-        self._names = [port.name for port in artifact.inputs]
-        ort.disable_telemetry_events()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 4  # errors are raised; warnings about a stranger's file help nobody here
-        # idle threads must not burn the core that another file is being timed on
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            with silence():
-                self._session = ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise FileError(f"ONNX Runtime cannot load {artifact.path}: {_first_line(error)}.") from error
+        with _sentences(artifact):
+            self._session: sessions.Session | None = sessions.load(str(artifact.path), runtime, threads)
+        self.name, self.version = self._session.name, self._session.version
 
     def run(self, feeds: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run once, in the file's own layout, types and batch size.
+        return self.run_pieces(feeds, None)
 
-        Raises:
-            FileError: ONNX Runtime fails on the file, or the feeds do not fit it.
-        """
-        try:
-            return list(self._session.run(None, dict(zip(self._names, feeds, strict=True))))
-        except Exception as error:
-            raise FileError(f"ONNX Runtime cannot run {self.artifact.path}: {_first_line(error)}.") from error
+    def run_pieces(self, feeds: Sequence[np.ndarray], size: int | None) -> list[np.ndarray]:
+        if self._session is None:
+            raise UserError(f"{self.artifact.path.name} was closed: open it again.")
+        check_feeds(self.artifact, feeds, size)
+        with _sentences(self.artifact):
+            return sessions.run_pieces(self._session, feeds, size)
 
     def predict(self, *inputs: np.ndarray) -> Any:
-        """Run in the network's layout; see `predict`."""
         return predict(self, *inputs)
 
     def close(self) -> None:
-        """Drop the session."""
-        self.__dict__.pop("_session", None)
+        self._session = None
 
 
-class LiteRt:
-    """A TFLite file in LiteRT's interpreter with its XNNPACK delegate."""
+@contextlib.contextmanager
+def _sentences(artifact: Artifact) -> Iterator[None]:
+    try:
+        yield
+    except frames.Failure as failure:
+        raise explain(failure.fields, artifact) from failure
 
-    name = "litert"
 
-    def __init__(self, artifact: Artifact, threads: int = 1):
-        litert = import_runtime("ai_edge_litert.interpreter", "ai-edge-litert")
-        self.artifact = artifact
-        self.version: str = import_runtime("ai_edge_litert", "ai-edge-litert").__version__
-        try:
-            with silence():
-                self._interpreter = litert.Interpreter(model_path=str(artifact.path), num_threads=threads)
-                self._interpreter.allocate_tensors()
-        except Exception as error:
-            raise FileError(f"LiteRT cannot load {artifact.path}: {_first_line(error)}.") from error
-        self._inputs = [detail["index"] for detail in self._interpreter.get_input_details()]
-        self._outputs = [detail["index"] for detail in self._interpreter.get_output_details()]
-        self._shapes = [tuple(detail["shape"].tolist()) for detail in self._interpreter.get_input_details()]
+def explain(fields: dict[str, Any], artifact: Artifact, device: str = "local") -> UserError:
+    """The sentence for an agent's failure.
 
-    def run(self, feeds: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Run once, in the file's own layout, types and batch size; open sizes follow the feeds.
+    Args:
+        fields: of `frames.Failure`.
+        artifact: the file it was about.
+        device: where.
 
-        Raises:
-            FileError: LiteRT fails on the file, or the feeds do not fit it.
-        """
-        try:
-            if [feed.shape for feed in feeds] != self._shapes:
-                self._resize(feeds)
-            for index, feed in zip(self._inputs, feeds, strict=True):
-                self._interpreter.set_tensor(index, feed)
-            self._interpreter.invoke()
-            return [self._interpreter.get_tensor(index) for index in self._outputs]
-        except Exception as error:
-            raise FileError(f"LiteRT cannot run {self.artifact.path}: {_first_line(error)}.") from error
+    Example:
+        >>> from pathlib import Path
+        >>> print(explain({"error": "died", "detail": "SIGSEGV"}, Artifact(Path("a.onnx"), "onnx", "fp32", (), (), "", 0)))
+        a.onnx cannot be run: the runtime crashed (SIGSEGV).
+    """
+    kind, detail = str(fields.get("error")), _plain(fields.get("detail"))
+    at, runtime, name = "" if device == "local" else f" on {device}", _plain(fields.get("runtime")), artifact.path
+    if kind == "missing":
+        where = "here" if device == "local" else f"on {device}"
+        package = detail.split(" with ")[0]
+        return DeviceError(f"The runtime {detail} is not installed {where}: python3 -m pip install {package}")
+    if kind == "fit":
+        known = "'onnxruntime'" if artifact.format == "onnx" else "'litert', 'tflite-runtime' or 'tensorflow'"
+        return UserError(f"'{detail}' does not run {artifact.path.name}: a .{artifact.format} file is run by {known}.")
+    if kind in ("load", "run"):
+        return FileError(f"{runtime} cannot {kind} {name}{at}: {detail}.")
+    if kind == "memory" or (kind == "died" and detail == "SIGKILL"):
+        return FileError(
+            f"{name} cannot be run{at}: something, perhaps a want of memory, ended the process ({detail or 'memory'})."
+        )
+    if kind == "died":
+        return FileError(f"{name} cannot be run{at}: the runtime crashed ({detail}).")
+    if kind == "timeout":
+        return DeviceError(f"{artifact.path.name} did not finish in time{at}: it hangs, or the device is too slow for it.")
+    if kind == "clock":
+        return DeviceError(f"The clock of {device} went backwards while {artifact.path.name} was timed: measure again.")
+    return DeviceError(f"The agent on {device} failed with {artifact.path.name}: {kind} {detail}".rstrip() + ".")
 
-    def _resize(self, feeds: Sequence[np.ndarray]) -> None:
-        for port, feed in zip(self.artifact.inputs, feeds, strict=True):
-            if not _fits(feed.shape, port.shape):
-                raise ValueError(f"'{port.name}' takes {_shape(port.shape)} and was given {_shape(feed.shape)}")
-        with silence():
-            for index, feed in zip(self._inputs, feeds, strict=True):
-                self._interpreter.resize_tensor_input(index, list(feed.shape))
-            self._interpreter.allocate_tensors()
-        self._shapes = [feed.shape for feed in feeds]
 
-    def predict(self, *inputs: np.ndarray) -> Any:
-        """Run in the network's layout; see `predict`."""
-        return predict(self, *inputs)
+def _plain(text: object) -> str:
+    """One line that a terminal shows as it is, whatever a device sent."""
+    return "".join(c for c in str(text or "").split("\n", 1)[0][:300] if c.isprintable())
 
-    def close(self) -> None:
-        """Drop the interpreter."""
-        self.__dict__.pop("_interpreter", None)
+
+def check_feeds(artifact: Artifact, feeds: Sequence[np.ndarray], size: int | None = None) -> None:
+    """Compare feeds with a file's inputs.
+
+    Raises:
+        FileError: their number or a shape does not fit the file.
+    """
+    if len(feeds) != len(artifact.inputs):
+        raise FileError(f"{artifact.path} takes {len(artifact.inputs)} inputs and was given {len(feeds)}.")
+    for port, feed in zip(artifact.inputs, feeds, strict=True):
+        if not _fits(feed.shape, port.shape if size is None or not port.shape else (None, *port.shape[1:])):
+            raise FileError(f"{artifact.path}: '{port.name}' takes {_shape(port.shape)} and was given {_shape(feed.shape)}.")
 
 
 def predict(runtime: Runtime, *inputs: np.ndarray) -> Any:
@@ -182,11 +181,8 @@ def predict(runtime: Runtime, *inputs: np.ndarray) -> Any:
     _check(artifact, inputs)
     feeds = [stored(np.asarray(value), port) for value, port in zip(inputs, artifact.inputs, strict=True)]
     size = _piece(artifact, feeds)
-    pieces = [runtime.run(feeds)] if size is None else [_run_piece(runtime, feeds, at, size) for at in _starts(feeds, size)]
-    outputs = tuple(
-        real(values[0] if len(values) == 1 else np.concatenate(values), port)
-        for values, port in zip(zip(*pieces, strict=True), artifact.outputs, strict=True)
-    )
+    stored_outputs = runtime.run_pieces(feeds, size)
+    outputs = tuple(real(value, port) for value, port in zip(stored_outputs, artifact.outputs, strict=True))
     return outputs[0] if len(outputs) == 1 else outputs
 
 
@@ -261,7 +257,10 @@ def _check(artifact: Artifact, inputs: Sequence[np.ndarray]) -> None:
             f"{artifact.path.name} takes {len(ports)} input{'s' * (len(ports) != 1)} ({wanted}); "
             f"it was given {len(inputs)} of shape {given}."
         )
-    if any(value.ndim and not len(value) for value in map(np.asarray, inputs)):
+    counts = {len(value) for value in map(np.asarray, inputs) if value.ndim}
+    if len(counts) > 1:
+        raise UserError(f"The inputs have {' and '.join(map(str, sorted(counts)))} examples: one batch needs as many of each.")
+    if 0 in counts:
         raise UserError(f"{artifact.path.name} was given a batch without examples, of shape {given}.")
 
 
@@ -282,21 +281,6 @@ def _piece(artifact: Artifact, feeds: Sequence[np.ndarray]) -> int | None:
     return next(port.shape[0] for port in artifact.inputs if port.shape and port.shape[0] is not None)
 
 
-def _starts(feeds: Sequence[np.ndarray], size: int) -> range:
-    counts = {len(feed) for feed in feeds if feed.ndim}
-    if len(counts) > 1:
-        raise UserError(f"The inputs have {' and '.join(map(str, sorted(counts)))} examples: one batch needs as many of each.")
-    return range(0, counts.pop(), size)
-
-
-def _run_piece(runtime: Runtime, feeds: Sequence[np.ndarray], at: int, size: int) -> list[np.ndarray]:
-    """Run examples ``at`` to ``at + size``; the last piece is filled up with its last example, and the filling cut off."""
-    cut = [feed[at : at + size] if feed.ndim else feed for feed in feeds]
-    count = max(len(feed) for feed in cut if feed.ndim)
-    full = [np.concatenate([c, np.repeat(c[-1:], size - count, 0)]) if c.ndim and count < size else c for c in cut]
-    return [output[:count] for output in runtime.run(full)]
-
-
 def import_runtime(module: str, package: str) -> Any:
     """Import a runtime's module.
 
@@ -311,8 +295,3 @@ def import_runtime(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DeviceError(f"The runtime {package} is not installed here: pip install {package}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__

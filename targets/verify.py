@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from edgepress.compress.errors import DeviceError
 from edgepress.compress.network import Network
 
 from .artifact import Artifact, read_artifact
-from .runtimes import open_runtime
+from .devices import Device, find_device
 
 __all__ = ["Parity", "verify"]
 
@@ -47,6 +48,7 @@ def verify(
     network: Network,
     inputs: np.ndarray | Tensor | Sequence[np.ndarray | Tensor] | None = None,
     tolerance: float = 1e-3,
+    device: str | Device = "local",
 ) -> Parity:
     """Run a file and compare it with the network. A bad file gives ``ok=False`` and the reason, never an exception.
 
@@ -56,10 +58,11 @@ def verify(
         inputs: one array or one per input ``[N, ...]``, in the network's layout. Where it is None: the network's example
             inputs, and eight random ones of the same mean and deviation (integers: drawn from the example's values).
         tolerance: the largest relative difference that an fp32 file may have.
+        device: where the file is run.
 
     Raises:
         UserError: ``inputs`` do not fit the network.
-        DeviceError: the runtime is not installed.
+        DeviceError: the device cannot be reached, or has no runtime for the file.
     """
     arrays = _typical(network) if inputs is None else _arrays(inputs)
     wanted = _tuple(network.predict(*arrays))
@@ -67,11 +70,13 @@ def verify(
     try:
         # from disk, not from memory: the file may have changed since it was described
         fresh = read_artifact(artifact.path)
-        runtime = open_runtime(fresh)
+        place = find_device(device)
         try:
-            got = _tuple(runtime.predict(*arrays))
+            with contextlib.closing(place.open(fresh)) as runtime:
+                got = _tuple(runtime.predict(*arrays))
         finally:
-            runtime.close()
+            if place is not device:
+                place.close()
     except DeviceError:
         raise
     except Exception as error:

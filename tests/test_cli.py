@@ -136,6 +136,7 @@ def test_debug_shows_the_traceback(folder, capsys):
         (["compres", "digits"], "there is no command 'compres'; did you mean 'compress'?"),
         (["bench"], "required: files"),
         (["bench", "a.onnx", "--threads", "0"], "'0' is not a whole number above 0"),
+        (["bench", "a.onnx", "--sustained", "x"], "'x' is not a number of minutes above 0"),
         (["compress", "digits", "--max-drop", "little"], "invalid float value: 'little'"),
     ],
 )
@@ -232,7 +233,7 @@ def test_tasks_and_version_answer(capsys):
     assert capsys.readouterr().out.strip() == f"edgepress {__version__}"
 
 
-@pytest.mark.parametrize("command", ["compress", "export", "bench", "verify", "inspect", "tasks"])
+@pytest.mark.parametrize("command", ["compress", "export", "bench", "devices", "micro", "verify", "inspect", "tasks"])
 def test_every_command_has_help_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -279,3 +280,45 @@ def test_a_pipe_that_closes_is_no_error(folder):
     command = f"{sys.executable} -m edgepress tasks | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder, env={**os.environ})
     assert "Traceback" not in done.stderr
+
+
+# ---- devices
+
+
+def test_devices_says_what_this_computer_is(capsys):
+    assert main(["devices", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["local"]
+    assert found["cores"] >= 1
+    assert main(["devices"]) == 0
+    shown = capsys.readouterr().out
+    assert "CPU" in shown
+    assert "ssh://user@host" in shown
+
+
+def test_devices_and_bench_refuse_what_is_no_device(capsys, tmp_path):
+    fails(capsys, 2, "There is no device 'toaster'", "devices", "toaster")
+    fails(capsys, 2, "is no address", "devices", "ssh://-oProxyCommand=x")
+    fails(capsys, 2, "adb does not start", "devices", "adb://R58M")
+
+
+def test_bench_measures_the_others_where_a_file_fails(folder, capsys):
+    from onnx import TensorProto, helper, save
+
+    def file(name, operator):
+        ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 8]) for n in "xy"]
+        graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "g", ports[:1], ports[1:])
+        save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), name)
+
+    file("good.onnx", "Relu")
+    file("bad.onnx", "Nonsense")
+    assert main(["bench", "bad.onnx", "good.onnx", "--json"]) == 2
+    out, err = capsys.readouterr()
+    bad, good = json.loads(out)["files"]
+    assert "Nonsense" in bad["error"]
+    assert "Nonsense" in err
+    assert good["error"] is None
+    assert good["speedup"]["value"] == 1.0
+    assert good["cold_start"]["load_ns"] > 0
+    assert main(["bench", "bad.onnx", "good.onnx"]) == 2
+    assert "baseline" in capsys.readouterr().out
+    fails(capsys, 2, "None of litert runs good.onnx", "bench", "good.onnx", "--runtime", "litert")

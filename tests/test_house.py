@@ -49,7 +49,7 @@ def test_public_names_are_these():
         *("Taylor", "Fisher", "Activation", "OBD", "Magnitude", "Lamp", "BatchNormScale", "GeometricMedian", "Random"),
         *("Prune", "LatencyTable", "inspect", "Shorten", "Sparsify", "Distill", "transplant"),
         *("Artifact", "read_artifact", "export", "open_runtime", "Parity", "verify"),
-        *("Measurement", "Plan", "measure", "ratio"),
+        *("Measurement", "Plan", "measure", "ratio", "bench", "check_microcontroller", "write_c_array"),
         *("Recipe", "default_recipe", "read_recipe", "press", "Report"),
         *("EdgepressError", "UserError", "TaskError", "TraceError", "RecipeError", "FileError", "DeviceError"),
         "__version__",

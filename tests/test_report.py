@@ -13,6 +13,7 @@ from edgepress import report as report_module
 from edgepress.compress.errors import FileError
 from edgepress.page import render
 from edgepress.plot import Dot, bars, scatter
+from edgepress.compare import Benched
 from edgepress.report import FileResult, Layer, Report, bench_table, table, to_json, write
 from edgepress.targets.artifact import Artifact
 from edgepress.targets.measure import Measurement, ratio
@@ -369,8 +370,12 @@ def test_table_must_not_read_names_as_markup(report, tmp_path):
 
 
 def test_bench_table_must_say_what_cannot_be_told_apart(report):
-    times = [f.measurement for f in report.files[:3]]
-    shown = text_of(bench_table(times, [Ratio(1, 1, 1), Ratio(1.01, 0.9, 1.1), Ratio(3.3, 3.2, 3.4)]), 120)
+    ratios = [Ratio(1, 1, 1), Ratio(1.01, 0.9, 1.1), Ratio(3.3, 3.2, 3.4)]
+    files = zip(report.files[:3], ratios, [None, None, {"accuracy": 93.5}], [None, None, 0.0], strict=True)
+    rows = [Benched(f.artifact, f.measurement, r, metrics, apart) for f, r, metrics, apart in files]
+    shown = text_of(bench_table([*rows, Benched(report.files[0].artifact, error="it broke")]), 140)
+    assert "93.5" in shown
+    assert shown.count(report.files[0].artifact.path.name) > 1
     assert "Cannot tell which is faster: original.onnx or original.tflite." in shown
     assert "3.30× ±0.10" in shown
     assert "6 interleaved rounds" in shown
