@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
 from edgepress.compress.network import Network, export_program
@@ -32,6 +33,8 @@ class Layout:
     outputs: tuple[str, ...]
     last_inputs: tuple[bool, ...]
     last_outputs: tuple[bool, ...]
+    modules: dict[str, str] = field(default_factory=dict, hash=False)
+    """The user's modules, ``layer1.0.conv1``, by what the converter calls them."""
 
     @property
     def notes(self) -> dict[str, list[dict[str, Any]]]:
@@ -68,6 +71,7 @@ def tflite_model(network: Network) -> tuple[bytes, Layout]:
         tuple(output_names),
         tuple(_is_image(x) for x in one),
         tuple(_is_image(x) for x in results),
+        _modules(module),
     )
     wrapped = _FileOrder(module, tuple(x.dtype for x in one), layout)
     feeds = tuple(_file_order(x, last) for x, last in zip(one, layout.last_inputs, strict=True))
@@ -169,7 +173,7 @@ def _file_order(value: Tensor, last: bool) -> Tensor:
 class _FileOrder(nn.Module):
     """The network with its inputs and outputs as the file has them."""
 
-    def __init__(self, module: nn.Module, dtypes: tuple[torch.dtype, ...], layout: Layout):
+    def __init__(self, module: fx.GraphModule, dtypes: tuple[torch.dtype, ...], layout: Layout):
         super().__init__()
         self.module, self.dtypes, self.layout = module, dtypes, layout
         self.training = False
@@ -179,7 +183,9 @@ class _FileOrder(nn.Module):
             (x.permute(0, 3, 1, 2) if last else x).to(dtype)
             for x, dtype, last in zip(inputs, self.dtypes, self.layout.last_inputs, strict=True)
         ]
-        leaves = [x for x in pytree.tree_leaves(self.module(*inner)) if isinstance(x, Tensor)]
+        with traceback.preserve_node_meta():  # the user's modules: the converter names tensors after them
+            results = fx.Interpreter(self.module).run(*inner)
+        leaves = [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
         return tuple(_file_order(x, last) for x, last in zip(leaves, self.layout.last_outputs, strict=True))
 
     def train(self, mode: bool = True) -> _FileOrder:  # an exported module refuses to be switched; it is in evaluation mode
@@ -200,7 +206,7 @@ def fed_ports(content: bytes, layout: Layout) -> tuple[Port, ...]:
 def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None = None) -> bytes:
     """Name the inputs and outputs of a converted model, in its tensors and its signature, and write edgepress's metadata.
 
-    Other tensors get short names: the converter's hold class names, several hundred bytes each.
+    Other tensors get short names, ``layer1.0.conv1#7``: the converter's hold class names, several hundred bytes each.
 
     Args:
         content: a TFLite flatbuffer with one signature.
@@ -211,8 +217,9 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph, signature = model.subgraphs[0], model.signatureDefs[0]
+    labels = _labels(graph, layout.modules)
     for index, tensor in enumerate(graph.tensors):
-        tensor.name = f"#{index}"
+        tensor.name = f"{labels.get(index, '')}#{index}"
     graph.inputs = _named(graph, signature.inputs, layout.inputs)
     graph.outputs = _named(graph, signature.outputs, layout.outputs)
     model.description = "edgepress"
@@ -232,9 +239,40 @@ def _named(graph: Any, ports: list[Any], names: tuple[str, ...]) -> list[int]:
     for port, name in zip(ordered, names, strict=True):
         port.name = name
         tensor = graph.tensors[port.tensorIndex]
-        if tensor.name.startswith("#"):  # an output that is an input, or another output, has its name
+        if "#" in tensor.name:  # an output that is an input, or another output, has its name
             tensor.name = name
     return [port.tensorIndex for port in ordered]
+
+
+def _modules(module: fx.GraphModule) -> dict[str, str]:
+    """The user's modules by what the converter calls them: the classes on the way, each with the name that it goes by."""
+    found = {}
+    for node in module.graph.nodes:
+        path = ""
+        for name, kind in node.meta.get("nn_module_stack", {}).values():
+            kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+            path = "/".join(filter(None, (path, f"{kind}_{name.split('.')[-1]}" if name else kind)))
+            found[path] = name
+    return found
+
+
+def _labels(graph: Any, modules: dict[str, str]) -> dict[int, str]:
+    """The user's module for what each operator gives, or for its weights where that is an output and has a name already."""
+    found = {}
+    for operator in graph.operators:
+        outputs = [int(i) for i in operator.outputs]
+        inputs = [int(i) for i in (operator.inputs if operator.inputs is not None else ()) if i >= 0]
+        label = next((m for i in (*outputs, *inputs[1:]) if (m := _module(_plain(graph.tensors[i].name), modules))), "")
+        named = inputs[1:] if set(outputs) & {int(i) for i in graph.outputs} else outputs
+        found.update({index: label for index in named if index not in found})
+    return found
+
+
+def _module(name: str, modules: dict[str, str]) -> str:
+    """Of a tensor, as we or the converter called it; of several operators in one, that of the first to run."""
+    if "#" in name:
+        return name.rpartition("#")[0]
+    return next((modules[part] for part in reversed(name.split(";")) if part in modules), "")
 
 
 def _plain(name: str | bytes) -> str:
