@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ __all__ = [
     "score",
     "training_batches",
 ]
+
+_COUNT_S = 5.0
 
 Predict = Callable[..., Any]
 """Input arrays, batch first, to one output array or a tuple of them: numpy in, numpy out, the network's own layout."""
@@ -192,7 +196,9 @@ def _check(task: Task, inputs: tuple[Tensor, ...], field: str) -> None:
 
 
 def epoch_length(task: Task) -> int | None:
-    """Training batches in an epoch, where the source says so: a list or a DataLoader does, a generator does not.
+    """Training batches in an epoch: as the source says, or counted where that takes a few seconds at most.
+
+    A schedule of one or two epochs needs it: without, the learning rate cannot fall before the first epoch has ended.
 
     Example:
         >>> import torch
@@ -203,7 +209,22 @@ def epoch_length(task: Task) -> int | None:
     source = task.train_batches if task.train_batches is not None else task.calibration_batches
     if callable(source) and not isinstance(source, Sized):
         source = source(*(0,) * min(1, len(inspect.signature(source).parameters)))
-    return len(source) if isinstance(source, Sized) else None
+        if inspect.isgenerator(source):
+            return _counted(source)
+    with contextlib.suppress(TypeError):  # a DataLoader has a length, but not over every data set
+        return len(source) if isinstance(source, Sized) else None
+    return None
+
+
+def _counted(batches: Iterable[Any]) -> int | None:
+    count, end = 0, time.monotonic() + _COUNT_S
+    with contextlib.suppress(Exception):  # training meets it again, and says what it is
+        for _ in batches:
+            count += 1
+            if time.monotonic() > end:
+                return None
+        return count
+    return None
 
 
 def labelled_loss(task: Task, outputs: Any, targets: Any) -> Tensor:

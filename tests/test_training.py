@@ -7,7 +7,7 @@ import torch
 from edgepress.compress.distill import Distill, logit_distillation, output_distillation
 from edgepress.compress.errors import RecipeError, TaskError
 from edgepress.compress.network import trace
-from edgepress.compress.task import score
+from edgepress.compress.task import epoch_length, score
 from edgepress.compress.train import Precision, Schedule, fastest_precision
 
 PLAIN = Precision()
@@ -180,3 +180,37 @@ def test_fastest_precision_leaves_out_what_does_not_run(task, monkeypatch):
 
     monkeypatch.setattr(torch.autocast, "__enter__", refuse)
     assert not fastest_precision(network, (torch.zeros(8, 1, 8, 8),)).bf16
+
+
+def test_the_length_of_an_epoch_must_be_known_where_it_can_be(task, monkeypatch):
+    batches = list(task.train_batches(0))
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(10, 1), torch.zeros(10)), batch_size=4)
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    def broken(epoch):
+        yield batches[0]
+        raise OSError("the disk is gone")
+
+    for source, count in (
+        (batches, len(batches)),
+        (lambda epoch: iter(batches), None),
+        (lambda epoch: (b for b in batches), len(batches)),
+        (data, 3),
+        (torch.utils.data.DataLoader(Stream()), None),
+        (broken, None),
+    ):
+        assert epoch_length(replace(task, train_batches=source)) == count
+    monkeypatch.setattr("edgepress.compress.task._COUNT_S", -1.0)
+    assert epoch_length(replace(task, train_batches=lambda epoch: (b for b in batches))) is None
+
+
+def test_the_rate_must_fall_within_a_single_epoch_of_a_generator(task, monkeypatch):
+    rates = []
+    rate = Schedule.rate
+    monkeypatch.setattr(Schedule, "rate", lambda self, progress: rates.append(rate(self, progress)) or rates[-1])
+    generated = replace(task, train_batches=lambda epoch: (b for b in task.train_batches(epoch)))
+    Distill(epochs=1, lr=0.05, precision=PLAIN)(damaged(task), generated)
+    assert rates[-1] < 0.2 * max(rates)
