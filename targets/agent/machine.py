@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -73,17 +74,51 @@ def environment() -> dict[str, Any]:
 
 
 def emulated() -> str | None:
-    """Why this machine is taken for an emulated one; None for a real one. An emulated machine's time means nothing."""
+    """Why this machine is taken for an emulated one; None for a real one. An emulated machine's time means nothing.
+
+    What is said in ``/proc/cpuinfo`` may be made up. Emulators hide themselves in ``/proc/self``, not in ``/proc/thread-self``,
+    and have one system call less than any kernel.
+    """
     import platform
 
-    if _read("/board/board.json") and json.loads(_read("/board/board.json") or "{}").get("emulated"):
-        return "board.json says so"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads(Path("/board/board.json").read_text(encoding="utf-8")).get("emulated"):
+            return "board.json says so"
     with contextlib.suppress(OSError):
         if "qemu" in os.path.basename(os.readlink("/proc/thread-self/exe")):
             return "qemu runs this process"
+        if len({_elf_machine("/proc/thread-self/exe"), _elf_machine(sys.executable)} - {None}) > 1:
+            return "a program for another processor runs this process"
+    if _lacks_robust_lists():
+        return "it lacks a system call that every Linux has"
     if platform.machine() == "aarch64" and _read("/proc/cpuinfo") and not _cpuinfo("CPU implementer"):
         return "its /proc/cpuinfo is not an Arm CPU's"
     return None
+
+
+def _elf_machine(path: str) -> bytes | None:
+    """Which processor a program is for; None where the file is none."""
+    with open(path, "rb") as file:
+        start = file.read(20)
+    return start[18:] if start.startswith(b"\x7fELF") else None
+
+
+def _lacks_robust_lists() -> bool:
+    """User-mode emulators cannot offer get_robust_list: the kernel would read the guest's list as the host's."""
+    import platform
+
+    wide = {"x86_64": 274, "aarch64": 100, "riscv64": 100}  # linux/arch/*/include
+    narrow = {"i686": 312, "x86_64": 312, "armv7l": 339, "armv8l": 339, "aarch64": 339}
+    number = (wide if sys.maxsize > 1 << 32 else narrow).get(platform.machine())
+    if number is None or not sys.platform.startswith("linux") or hasattr(sys, "getandroidapilevel"):
+        return False  # Android ends a program that makes an unusual call
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        call, head, size = ctypes.CDLL(None, use_errno=True).syscall, ctypes.c_void_p(), ctypes.c_size_t()
+        refused = call(ctypes.c_long(number), ctypes.c_long(0), ctypes.byref(head), ctypes.byref(size))
+        return refused == -1 and ctypes.get_errno() == errno.ENOSYS
+    return False
 
 
 def celsius() -> float | None:

@@ -10,27 +10,31 @@ from edgepress.compress.errors import DeviceError
 
 from .link import BOOT, Piped
 
-__all__ = ["CORES", "board_command", "emulated"]
+__all__ = ["CORES", "board_command", "board_folder", "emulated"]
 
-CORES = ("cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "max")
-"""The cores that the board can present; ``max`` has all that the emulator knows (i8mm, bf16, SVE)."""
+CORES = ("cortex-a7", "cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "max")
+"""The cores that the board can present; ``max`` has all that the emulator knows (i8mm, bf16, SVE).
 
+``cortex-a7`` is a 32-bit one."""
+
+_NARROW = ("cortex-a7",)
 _CPU = {"max": "max,sme=off"}  # with SME, LiteRT's int8 results are wrong in qemu 7.2
 
 
 def emulated(core: str) -> Piped:
     """A board with one such core. It says whether files run and what they answer, never how long they take.
 
-    The environment variable ``EDGEPRESS_BOARD`` names the board's folder: ``edgepress/board`` in the user's cache folder otherwise.
+    ``EDGEPRESS_BOARD`` names the board's folder; it is ``edgepress/board`` in the user's cache folder otherwise.
 
     Raises:
         DeviceError: there is no such core, or no board has been made.
 
     Example:
-        >>> emulated("pentium")
-        Traceback (most recent call last):
-        ...
-        edgepress.compress.errors.DeviceError: There is no emulated 'pentium'; known: cortex-a53, cortex-a72, cortex-a76, neoverse-n1, max.
+        >>> try:
+        ...     emulated("pentium")
+        ... except DeviceError as error:
+        ...     print(error)
+        There is no emulated 'pentium'; known: cortex-a7, cortex-a53, cortex-a72, cortex-a76, neoverse-n1, max.
     """
     name = f"emulated://{core}"
     return Piped(name, board_command(core, ["-c", BOOT]), lambda code, text: _explain(code, text, name))
@@ -49,12 +53,13 @@ def board_command(core: str, arguments: Sequence[str], plugin: str | None = None
     """
     if core not in CORES:
         raise DeviceError(f"There is no emulated '{core}'; known: {', '.join(CORES)}.")
-    board = _folder()
+    board = board_folder()
     root, below = board / "roots" / core, board / "rootfs"
-    if not (board / "made").is_file():
+    made, setup, emulator = ("made32", "setup32", "qemu-arm") if core in _NARROW else ("made", "setup", "qemu-aarch64")
+    if not (board / made).is_file():
         raise DeviceError(
-            f"There is no emulated board in {board}: make one with tests/arm_board/board.sh setup, from edgepress's sources, "
-            "or name its folder in EDGEPRESS_BOARD."
+            f"There is no emulated {core} in {board}: make one with tests/arm_board/board.sh {setup}, from edgepress's sources, "
+            "or name the board's folder in EDGEPRESS_BOARD."
         )
     # the emulator is a program for this computer; its own libraries lie beside the board's
     libraries = below / "lib" / "x86_64-linux-gnu"
@@ -62,13 +67,14 @@ def board_command(core: str, arguments: Sequence[str], plugin: str | None = None
     return [
         *("env", "-u", "PYTHONPATH", "-u", "PYTHONHOME", "-u", "LD_PRELOAD", "-u", "LD_LIBRARY_PATH", *environment),
         *(str(libraries / "ld-linux-x86-64.so.2"), "--library-path", f"{libraries}:{below / 'usr/lib/x86_64-linux-gnu'}"),
-        *(str(below / "board" / "qemu-aarch64"), "-cpu", _CPU.get(core, core), "-L", str(root)),
+        *(str(below / "board" / emulator), "-cpu", _CPU.get(core, core), "-L", str(root)),
         *(("-plugin", plugin) if plugin else ()),
         *(str(root / "usr" / "bin" / "python3.11"), "-s", *arguments),
     ]
 
 
-def _folder() -> Path:
+def board_folder() -> Path:
+    """Where the board is, or would be."""
     from ..latency import cache_folder  # which imports the devices
 
     named = os.environ.get("EDGEPRESS_BOARD")
