@@ -52,7 +52,46 @@ def quantize_onnx(model: Any, pieces: Callable[[], Iterator[tuple[np.ndarray, ..
                 activations_quantization_params=QuantizationParameters(per_channel=False)
             ),
         )
-    return quantized
+    return _unsigned(quantized)
+
+
+def _unsigned(model: Any) -> Any:
+    """Store every quantized activation as uint8: the same numbers, 128 further up.
+
+    NNCF chooses uint8 behind a ReLU and int8 elsewhere. ONNX Runtime on Arm fuses no operator whose inputs and outputs differ in
+    that, and computes it in floats: of ResNet-20's 19 convolutions it ran 10 so, with nearly twice the instructions.
+    """
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    signed = {
+        node.output[0]: node.input[2]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and len(node.input) == 3 and _is_int8(constants.get(node.input[2]))
+    }
+    moved: dict[str, str] = {}
+    for node in model.graph.node:
+        for quantized in ({node.output[0]} if node.op_type == "QuantizeLinear" else set(node.input)) & signed.keys():
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                continue
+            old = signed[quantized]
+            if old not in moved:
+                moved[old] = f"{old}_unsigned"
+                point = numpy_helper.to_array(constants[old]).astype(np.int16) + 128
+                model.graph.initializer.append(numpy_helper.from_array(point.astype(np.uint8), moved[old]))
+            node.input[2] = moved[old]
+    del model.graph.value_info[:]  # it may name the old types
+    used = {name for node in model.graph.node for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used or tensor.name not in moved]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
+def _is_int8(tensor: Any) -> bool:
+    import onnx
+
+    return tensor is not None and tensor.data_type == onnx.TensorProto.INT8
 
 
 class _Feeds:

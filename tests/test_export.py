@@ -129,6 +129,18 @@ def test_export_must_fold_batch_normalisation_and_transposes_out_of_the_tflite_f
     assert operators["TRANSPOSE"] <= 1
 
 
+def test_every_activation_of_an_int8_onnx_file_must_be_unsigned(files, network):
+    """ONNX Runtime on Arm computes operators between int8 and uint8 activations in floats."""
+    model = onnx.load(files["onnx", "int8"].path)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    points = [constants[n.input[2]] for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(points) > 2
+    assert {point.data_type for point in points} == {onnx.TensorProto.UINT8}
+    assert any(onnx.numpy_helper.to_array(point) > 0 for point in points)
+    used = {name for node in model.graph.node for name in node.input}
+    assert all(tensor.name in used for tensor in model.graph.initializer)
+
+
 def test_export_must_keep_every_convolution_in_int8(files):
     from ai_edge_litert import schema_py_generated as schema
 
