@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from edgepress.compress.task import Task as Task
     from edgepress.targets.artifact import Artifact as Artifact
     from edgepress.targets.artifact import read_artifact as read_artifact
+    from edgepress.targets.devices import find_device as find_device
+    from edgepress.targets.devices.count import count_instructions as count_instructions
     from edgepress.targets.export import export as export
     from edgepress.targets.latency import LatencyTable as LatencyTable
     from edgepress.targets.measure import Measurement as Measurement
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from edgepress.targets.measure import ratio as ratio
     from edgepress.targets.microcontroller import check_microcontroller as check_microcontroller
     from edgepress.targets.microcontroller import write_c_array as write_c_array
+    from edgepress.targets.profile import profile as profile
     from edgepress.targets.runtimes import open_runtime as open_runtime
     from edgepress.targets.verify import Parity as Parity
     from edgepress.targets.verify import verify as verify
@@ -96,6 +99,9 @@ _NAMES = {
     "Plan": "targets.measure",
     "measure": "targets.measure",
     "ratio": "targets.measure",
+    "find_device": "targets.devices",
+    "count_instructions": "targets.devices.count",
+    "profile": "targets.profile",
     "check_microcontroller": "targets.microcontroller",
     "write_c_array": "targets.microcontroller",
     "open_runtime": "targets.runtimes",

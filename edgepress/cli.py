@@ -137,6 +137,14 @@ def _devices_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("names", nargs="*", help="local, ssh://user@host, adb://serial or emulated://core (default: local)")
 
 
+def _profile_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", help="an .onnx or .tflite file, from edgepress or not")
+    command.add_argument("--threads", type=_positive, default=1, metavar="N", help="of the runtime (default: 1)")
+    command.add_argument("--runs", type=_positive, default=50, metavar="N", help="that the medians are over (default: 50)")
+    command.add_argument("--by", choices=("step", "operator", "module"), default="step", help="what a row is (default: step)")
+    command.add_argument("--depth", type=_positive, metavar="N", help="with --by module: so many parts of a module's path")
+
+
 def _micro_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", help="an int8 .tflite file")
     command.add_argument("--arena", type=_positive, metavar="BYTES", help="the memory that there is for tensors")
@@ -203,6 +211,12 @@ _COMMANDS: dict[str, _Command] = {
         "say what a device is: CPU, memory, runtimes, sensors",
         "edgepress devices ssh://pi@raspberrypi",
         _devices_arguments,
+    ),
+    "profile": (
+        commands.profile,
+        "show where the time of one run goes, operator by operator",
+        "edgepress profile net.tflite --by module --depth 1",
+        _profile_arguments,
     ),
     "micro": (
         commands.micro,

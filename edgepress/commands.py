@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .compare import Benched
 
-__all__ = ["bench", "compress", "devices", "export", "inspect", "micro", "tasks", "verify"]
+__all__ = ["bench", "compress", "devices", "export", "inspect", "micro", "profile", "tasks", "verify"]
 
 ACCEPTED, OURS, YOURS, OVER_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: done; a fault of edgepress; a mistake in what was given; no file met the budget; Ctrl-C."""
@@ -66,7 +66,9 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure files; exit 2 where one of them failed."""
+    """Measure files; exit 2 where one of them failed. On an emulated board instructions are counted."""
+    if arguments.device.startswith("emulated://"):
+        return _count(arguments)
     from edgepress.targets.measure import Plan
 
     from .compare import bench as run
@@ -89,6 +91,47 @@ def bench(arguments: argparse.Namespace) -> int:
         if row.error:
             print(f"edgepress: {row.error}", file=sys.stderr)
     return YOURS if any(row.error for row in rows) else ACCEPTED
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from edgepress.compress.progress import bar
+    from edgepress.targets.artifact import read_artifact
+    from edgepress.targets.devices.count import count_instructions
+
+    from .tables import count_table
+
+    core = arguments.device.removeprefix("emulated://")
+    artifacts = [read_artifact(file) for file in arguments.files]
+    counts = []
+    with bar("Count instructions") as update:
+        for i, artifact in enumerate(artifacts):
+            counts.append(count_instructions(artifact, core))
+            update((i + 1) / len(artifacts), artifact.path.name)
+    if arguments.json:
+        _print_json({"counts": [{**asdict(count), "artifact": _described(count.artifact)} for count in counts]})
+    else:
+        _print(count_table(counts))
+    return ACCEPTED
+
+
+def profile(arguments: argparse.Namespace) -> int:
+    """Show where the time of one run goes."""
+    from dataclasses import asdict
+
+    from edgepress.targets.artifact import read_artifact
+    from edgepress.targets.profile import profile as run
+
+    from .tables import profile_table
+
+    found = run(read_artifact(arguments.file), threads=arguments.threads, runs=arguments.runs)
+    if arguments.json:
+        computed = {"rows_ns": found.rows_ns, "overhead": found.overhead, "covered": found.covered, "caution": found.caution}
+        _print_json({**asdict(found), **computed})
+    else:
+        _print(profile_table(found, arguments.by, arguments.depth))
+    return ACCEPTED
 
 
 def devices(arguments: argparse.Namespace) -> int:

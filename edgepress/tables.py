@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from edgepress.compress.pruning import Inspection
+    from edgepress.targets.devices.count import InstructionCount
     from edgepress.targets.measure import Measurement
+    from edgepress.targets.profile import Profile
     from edgepress.targets.stats import Ratio
 
     from .compare import Benched
     from .report import FileResult, Report
 
-__all__ = ["bench_table", "device_table", "inspect_table", "table"]
+__all__ = ["bench_table", "count_table", "device_table", "inspect_table", "profile_table", "table"]
 
 
 def table(report: Report) -> RenderableType:
@@ -134,6 +136,56 @@ def inspect_table(found: Inspection) -> RenderableType:
         where = f"{item.operator} ({item.line})" if item.line else item.operator
         frozen.add_row(*map(Text, (where, str(len(item.weights)), item.reason)))
     return Group(groups, Text(""), frozen)
+
+
+def count_table(counts: Sequence[InstructionCount]) -> RenderableType:
+    """Instructions of one inference on an emulated core, against the first file; never a time."""
+    from rich.console import Group
+    from rich.text import Text
+
+    classes = list(dict.fromkeys(name for count in counts for name, n in count.by_class.items() if n))
+    grid = _grid(("file", "runtime", "instructions", "fewer", *classes), words=("file", "runtime"))
+    for count in counts:
+        cells = [count.artifact.path.name, f"{count.runtime} {count.version}", f"{count.per_inference:,}"]
+        cells.append("baseline" if count is counts[0] else f"{counts[0].per_inference / count.per_inference:.2f}×")
+        cells += [format_count(count.by_class.get(name, 0)) for name in classes]
+        grid.add_row(*map(Text, cells))
+    note = f"One inference, one thread, on an emulated {counts[0].core}. Instructions are no time: a core runs some of them at once."
+    return Group(grid, Text(""), Text(note, style="dim"))
+
+
+def profile_table(found: Profile, by: str = "step", depth: int | None = None) -> RenderableType:
+    """Where the time of one run goes.
+
+    Args:
+        found: of `edgepress.targets.profile.profile`.
+        by: ``'step'``, one row for each operator as it ran; ``'operator'`` or ``'module'``, their sums, the slowest first.
+        depth: of a module's path; the whole path where None.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    if by == "step":
+        notes = {id(remark.op): remark.reason for remark in (*found.fallbacks, *found.converts)}
+        grid = _grid(("µs", "share", "operator", "module", "kernel", "note"), words=("operator", "module", "kernel", "note"))
+        for row in found.rows:
+            cells = (f"{row.median_ns / 1e3:.1f}", f"{row.share:.1%}", row.operator, row.module or row.name, row.kernel)
+            grid.add_row(*map(Text, (*cells, notes.get(id(row), ""))))
+    else:
+        grid = _grid(("µs", "share", by), words=(by,))
+        for name, spent, share in found.by_operator() if by == "operator" else found.by_module(depth):
+            grid.add_row(*map(Text, (f"{spent / 1e3:.1f}", f"{share:.1%}", name or "–")))
+    head = (
+        f"{found.subject} in {found.runtime} {found.version}, {found.threads} thread{'s' * (found.threads != 1)}: "
+        f"{format_ms(found.plain_ns)}; with the profiler {format_ms(found.profiled_ns)}. The rows are {found.covered:.0%} of it."
+    )
+    sums = [
+        Text(f"{len(remarks)} {what}, {sum(r.op.share for r in remarks):.1%} of the rows' time.")
+        for remarks, what in ((found.fallbacks, "fell back to slower kernels"), (found.converts, "only convert"))
+        if remarks
+    ]
+    caution = [Text(f"Warning: {found.caution}.", style="yellow")] if found.caution else []
+    return Group(Text(head), Text(""), grid, Text(""), *sums, *caution, Text(found.method, style="dim"))
 
 
 def _grid(heads: Sequence[str], words: Sequence[str]) -> Table:

@@ -1,11 +1,13 @@
 """The command line as a user meets it: exit codes, one sentence for each mistake, nothing half-written."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,7 +235,7 @@ def test_tasks_and_version_answer(capsys):
     assert capsys.readouterr().out.strip() == f"edgepress {__version__}"
 
 
-@pytest.mark.parametrize("command", ["compress", "export", "bench", "devices", "micro", "verify", "inspect", "tasks"])
+@pytest.mark.parametrize("command", ["compress", "export", "bench", "devices", "micro", "profile", "verify", "inspect", "tasks"])
 def test_every_command_has_help_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -322,3 +324,32 @@ def test_bench_measures_the_others_where_a_file_fails(folder, capsys):
     assert main(["bench", "bad.onnx", "good.onnx"]) == 2
     assert "baseline" in capsys.readouterr().out
     fails(capsys, 2, "None of litert runs good.onnx", "bench", "good.onnx", "--runtime", "litert")
+
+
+def test_profile_shows_where_the_time_goes(folder, capsys):
+    assert main(["export", "task.py:build", "net.onnx"]) == 0
+    capsys.readouterr()
+    assert main(["profile", "net.onnx", "--runs", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows_ns"] == pytest.approx(sum(row["median_ns"] for row in found["rows"]))
+    assert found["plain_ns"] > 0
+    for by in ("step", "operator", "module"):
+        assert main(["profile", "net.onnx", "--runs", "5", "--by", by]) == 0
+        assert "The rows are" in capsys.readouterr().out
+
+
+def test_instructions_are_shown_without_a_time():
+    from rich.console import Console
+
+    from edgepress.tables import count_table
+    from edgepress.targets.artifact import Artifact
+    from edgepress.targets.devices.count import InstructionCount
+
+    file = Artifact(Path("a.onnx"), "onnx", "int8", (), (), "", 10)
+    counts = [InstructionCount(file, "cortex-a76", "onnxruntime", "1", n, {"dot_i8": n // 2}, 2, 0.0) for n in (2000, 1000)]
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(count_table(counts))
+    shown = console.export_text()
+    assert "2.00×" in shown
+    assert "emulated cortex-a76" in shown
+    assert " ms" not in shown
