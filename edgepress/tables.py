@@ -150,7 +150,7 @@ def count_table(counts: Sequence[InstructionCount]) -> RenderableType:
         cells.append("baseline" if count is counts[0] else f"{counts[0].per_inference / count.per_inference:.2f}×")
         cells += [format_count(count.by_class.get(name, 0)) for name in classes]
         grid.add_row(*map(Text, cells))
-    note = f"One inference, one thread, on an emulated {counts[0].core}. Instructions are no time: a core runs some of them at once."
+    note = f"One inference, one thread, on an emulated {counts[0].core}. Instructions are no time: cores run some at once."
     return Group(grid, Text(""), Text(note, style="dim"))
 
 
