@@ -15,8 +15,10 @@ from edgepress.compress.errors import UserError
 from edgepress.compress.task import Task, metrics
 from edgepress.targets.artifact import Artifact, read_artifact
 from edgepress.targets.devices import Device, find_device
+from edgepress.targets.devices.link import Piped
+from edgepress.targets.devices.local import Local
 from edgepress.targets.measure import Measurement, Plan, Ratio, ratio, try_measure
-from edgepress.targets.runtimes import Runtime, open_runtime, random_feeds
+from edgepress.targets.runtimes import RUNTIMES, Runtime, random_feeds
 
 from .tasks import load_task
 
@@ -60,7 +62,7 @@ def bench(
     """Measure files in one interleaved run on a device, and have them judged there.
 
     Args:
-        files: ``.onnx`` and ``.tflite``; the first that runs is the baseline.
+        files: ``.onnx``, ``.tflite``, ``.pt2``; the first that runs is the baseline.
         device: see `find_device`.
         threads: of the runtimes.
         runtimes: what runs them (see `open_runtime`): each file is measured in each that runs its format. Where empty, in the
@@ -89,7 +91,7 @@ def bench(
 def _pairs(artifact: Artifact, runtimes: Sequence[str]) -> list[tuple[Artifact, str | None]]:
     if not runtimes:
         return [(artifact, None)]
-    fitting = [name for name in runtimes if name.startswith("onnxruntime") == (artifact.format == "onnx")]
+    fitting = [name for name in runtimes if name.partition(":")[0] in RUNTIMES[artifact.format]]
     if not fitting:
         raise UserError(f"None of {', '.join(runtimes)} runs {artifact.path.name}: name one that runs .{artifact.format} files.")
     return [(artifact, name) for name in fitting]
@@ -115,7 +117,8 @@ def _row(
 
 def _apart(far: Runtime) -> float | None:
     try:
-        with contextlib.closing(open_runtime(far.artifact, 1, far.name)) as near:
+        # in a process of its own: what the device runs may crash the same runtime here
+        with contextlib.closing(Local()) as here, contextlib.closing(Piped.open(here, far.artifact, 1, far.name)) as near:
             if near.version != far.version:
                 return None
             feeds: list[list[np.ndarray]] = [random_feeds(far.artifact, seed) for seed in range(_EXAMPLES)]

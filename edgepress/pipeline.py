@@ -83,7 +83,7 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
         judge = _Judge.of(task, original.predict, max_drop)
     (folder / "recipe.yaml").write_text(recipe.yaml())
     with clock.stage("passes"):
-        pressed = _run_passes(original, task, recipe.passes, folder / "passes", threads)
+        pressed = _run_passes(original, task, recipe.passes, folder / "passes", threads, place)
     warnings: list[str] = []
     _write_plan(pressed, folder / "surgery.json", warnings)
     with clock.stage("export"):
@@ -109,7 +109,9 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
 _RUNTIMES = {"onnx": "onnxruntime", "tflite": "litert"}
 
 
-def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Path, threads: int = 1) -> Network:
+def _run_passes(
+    network: Network, task: Task, passes: Sequence[Pass], folder: Path, threads: int = 1, place: str | Device = "local"
+) -> Network:
     """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
     unchanged = _fingerprint(network)
     key = hashlib.sha256(f"{__version__} {unchanged}".encode())
@@ -127,7 +129,7 @@ def _run_passes(network: Network, task: Task, passes: Sequence[Pass], folder: Pa
         if isinstance(item, Distill | Prune):
             item = replace(item, checkpoint=checkpoint)
         if isinstance(item, Prune) and item.latency is not None and item.clock is None:
-            item = replace(item, clock=LatencyTable(_RUNTIMES[item.format], item.precision, threads=threads))
+            item = replace(item, clock=LatencyTable(_RUNTIMES[item.format], item.precision, threads=threads, device=place))
         started = time.monotonic()
         try:
             result = item(network, task)

@@ -15,6 +15,9 @@ import numpy as np
 
 from edgepress.compress.errors import FileError
 
+from .external_data import data_files
+from .limits import is_flatbuffer_bomb, is_protobuf_bomb, memory_share, plain
+
 __all__ = ["METADATA_KEY", "Artifact", "Port", "deflated_bytes", "inline", "read_artifact", "tflite_ports"]
 
 METADATA_KEY = "edgepress"
@@ -22,6 +25,7 @@ METADATA_KEY = "edgepress"
 
 _ONNX_QUANTIZED = {"QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
 _TFLITE_CASTS = {"QUANTIZE", "DEQUANTIZE"}
+_MOST_METADATA = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class Artifact:
 
     Args:
         path: where it is.
-        format: ``'onnx'`` or ``'tflite'``.
+        format: ``'onnx'``, ``'tflite'`` or ``'pt2'``.
         precision: ``'fp32'``, ``'fp16'``, ``'int8'``, or ``'mixed'`` where a stranger's file computes in several.
         inputs: in the order in which a runtime takes them.
         outputs: in the order in which a runtime gives them.
-        sha256: of the whole file, in hexadecimal.
-        bytes: size of the whole file.
+        sha256: of the whole file, in hexadecimal; where there are data files, of it and of their names, sizes and contents.
+        bytes: size of the whole file and of its data files.
         history: the passes that made the network; empty for strangers' files.
+        data: the files beside it that hold its weights; only an ONNX file may have some.
     """
 
     path: Path
@@ -78,10 +83,13 @@ class Artifact:
     sha256: str
     bytes: int
     history: tuple[dict[str, Any], ...] = field(default=(), hash=False)
+    data: tuple[Path, ...] = ()
 
 
 def deflated_bytes(artifact: Artifact) -> int:
-    """Bytes of the file once compressed with deflate, as zip, gzip and app packages store it; measured on the file as it is.
+    """Bytes of the file, and of its data files, once compressed with deflate, as zip, gzip and app packages store it.
+
+    They are measured on the files as they are.
 
     Example:
         >>> import tempfile
@@ -90,14 +98,20 @@ def deflated_bytes(artifact: Artifact) -> int:
         ...     deflated_bytes(Artifact(Path(folder) / "zeros", "onnx", "fp32", (), (), "", 100_000)) < 200
         True
     """
-    packer, total = zlib.compressobj(), 0
+    total = 0
+    for path in (artifact.path, *artifact.data):
+        packer = zlib.compressobj()
+        total += sum(len(packer.compress(piece)) for piece in _pieces(path)) + len(packer.flush())
+    return total
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
     try:
-        with artifact.path.open("rb") as file:
+        with path.open("rb") as file:
             while piece := file.read(1 << 20):
-                total += len(packer.compress(piece))
+                yield piece
     except OSError as error:
-        raise FileError(f"Cannot read {artifact.path}: {error.strerror or error}.") from error
-    return total + len(packer.flush())
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
 @dataclass(frozen=True)
@@ -106,13 +120,17 @@ class _Content:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     history: tuple[dict[str, Any], ...]
+    data: tuple[Path, ...] = ()
 
 
 def read_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Describe any ``.onnx`` or ``.tflite`` file, made by edgepress or not, without running it.
 
+    The weights of an ONNX file may lie in data files beside it. Files may come from strangers: nothing outside their folder is
+    read, and one that would fill the memory once unpacked is refused.
+
     Raises:
-        FileError: the file is missing, truncated, damaged, or neither ONNX nor TFLite.
+        FileError: the file, or a data file of its, is missing, truncated, damaged or too large; or it is neither ONNX nor TFLite.
 
     Example:
         >>> read_artifact("missing.onnx")
@@ -121,37 +139,78 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
         edgepress.compress.errors.FileError: There is no file missing.onnx.
     """
     path = Path(path)
-    readers = {".onnx": _read_onnx, ".tflite": _read_tflite}
-    if not path.is_file():
-        raise FileError(f"There is no file {path}.")
-    if path.suffix.lower() not in readers:
-        raise FileError(f"{path} is neither .onnx nor .tflite, by its name.")
+    readers = {".onnx": _read_onnx, ".tflite": _read_tflite, ".pt2": _read_pt2}
+    data = _whole(path, known=path.suffix.lower() in readers)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
-    content = readers[path.suffix.lower()](path, data)
+        content = readers[path.suffix.lower()](path, data)
+    except MemoryError as error:
+        raise FileError(f"{path} cannot be read: it wants more memory than this computer has.") from error
+    sizes = [_size(beside) for beside in content.data]
+    if sum(sizes) > memory_share(1):
+        raise FileError(f"{path} has {sum(sizes):,} bytes of data beside it, more than this computer's memory.")
     return Artifact(
         path=path,
         format=path.suffix.lower().removeprefix("."),
         precision=content.precision,
         inputs=content.inputs,
         outputs=content.outputs,
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
+        sha256=_digest(path, data, content.data, sizes),
+        bytes=len(data) + sum(sizes),
         history=content.history,
+        data=content.data,
     )
 
 
+def _whole(path: Path, known: bool) -> bytes:
+    """What is in a file, whatever it turns out to be: a pipe would never end, nor would some of the system's files."""
+    try:
+        if not path.is_file():
+            raise FileError(f"There is no file {path}.")
+        if not known:
+            raise FileError(f"{path} is none of .onnx, .tflite and .pt2, by its name.")
+        size = path.stat().st_size
+        if size > memory_share(0.5):
+            raise FileError(f"{path} has {size:,} bytes: it does not fit into this computer's memory twice, as reading it takes.")
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _digest(path: Path, content: bytes, data: Sequence[Path], sizes: Sequence[int]) -> str:
+    digest = hashlib.sha256(content)
+    for beside, size in zip(data, sizes, strict=True):
+        digest.update(json.dumps([beside.relative_to(path.parent).as_posix(), size]).encode())
+        for piece in _pieces(beside):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _metadata(text: str | bytes | None) -> dict[str, Any]:
-    """What edgepress wrote into the file; empty for a stranger's."""
-    if not text:
+    """What edgepress wrote into the file; empty for a stranger's, and where a stranger wrote something else there."""
+    if not text or len(text) > _MOST_METADATA:
         return {}
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    history = value.get("history")
+    passes = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    precision = value.get("precision")
+    return {**value, "history": passes, "precision": precision if _is_word(precision) else None}
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.isalnum() and value.isascii() and len(value) <= 10
 
 
 def _precision(kinds: set[str]) -> str:
@@ -163,23 +222,31 @@ def _precision(kinds: set[str]) -> str:
 
 def _read_onnx(path: Path, data: bytes) -> _Content:
     import onnx
-    from google.protobuf.message import DecodeError
 
+    if is_protobuf_bomb(data, onnx.ModelProto.DESCRIPTOR):
+        raise FileError(f"{path} is refused: it would unpack to many times its own size.")
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except DecodeError as error:
+        return _content_onnx(path, model)
+    except (FileError, MemoryError):
+        raise
+    except Exception as error:  # DecodeError, UnicodeDecodeError in a name, KeyError of an unknown type ...
         raise FileError(f"{path} is truncated or not an ONNX file: it cannot be parsed.") from error
+
+
+def _content_onnx(path: Path, model: Any) -> _Content:
     # a cut between two fields parses: the operator sets, which every file names, come after the graph
     if not model.graph.node or not model.graph.output or not model.opset_import:
         raise FileError(f"{path} is truncated or not an ONNX file: its graph, outputs or operator sets are missing.")
     notes = _metadata(next((p.value for p in model.metadata_props if p.key == METADATA_KEY), None))
     weights = {tensor.name for tensor in model.graph.initializer}
     return _Content(
-        precision=str(notes.get("precision") or _precision_onnx(model.graph)),
+        precision=notes.get("precision") or _precision_onnx(model.graph),
         inputs=tuple(_onnx_port(path, value) for value in model.graph.input if value.name not in weights),
         outputs=tuple(_onnx_port(path, value) for value in model.graph.output),
         history=tuple(notes.get("history", ())),
+        data=data_files(path, model),
     )
 
 
@@ -188,7 +255,8 @@ def _onnx_port(path: Path, value: Any) -> Port:
 
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type") or not kind.elem_type:
-        raise FileError(f"{path}: '{value.name}' is not a tensor; edgepress runs files whose inputs and outputs are tensors.")
+        shown = plain(value.name)
+        raise FileError(f"{path}: '{shown}' is not a tensor; edgepress runs files whose inputs and outputs are tensors.")
     sizes = tuple(d.dim_value if d.WhichOneof("value") == "dim_value" else None for d in kind.shape.dim)
     # an exporter that does not know a size may write 0 or -1
     shape = tuple(size if size and size > 0 else None for size in sizes)
@@ -215,6 +283,8 @@ def _read_tflite(path: Path, data: bytes) -> _Content:
     if data[4:8] != b"TFL3":
         raise FileError(f"{path} is truncated or not a TFLite file: its identifier is missing.")
     try:
+        if is_flatbuffer_bomb(schema.Model.GetRootAs(data, 0)):
+            raise FileError(f"{path} is refused: it would unpack to many times its own size.")
         # walks every table, so that an offset or a length outside the file raises here and not inside a runtime
         model = schema.ModelT.InitFromPackedBuf(data, 0)
         graph = model.subgraphs[0]
@@ -222,11 +292,13 @@ def _read_tflite(path: Path, data: bytes) -> _Content:
             inline(buffer, data)
         notes = _metadata(_tflite_metadata(model))
         content = _Content(
-            precision=str(notes.get("precision") or _precision_tflite(model)),
+            precision=notes.get("precision") or _precision_tflite(model),
             inputs=tflite_ports(graph, graph.inputs, notes.get("inputs", ())),
             outputs=tflite_ports(graph, graph.outputs, notes.get("outputs", ())),
             history=tuple(notes.get("history", ())),
         )
+    except (FileError, MemoryError):
+        raise
     except Exception as error:  # flatbuffers has no error of its own: struct.error, TypeError, IndexError, ValueError ...
         raise FileError(f"{path} is truncated or damaged: its tables point outside the file.") from error
     if not content.outputs or not graph.operators:
@@ -305,3 +377,18 @@ def _computed_in(model: Any, graph: Any) -> Iterator[str]:
             kind = _tflite_dtype(graph.tensors[index].type)
             if kind in known:
                 yield known[kind]
+
+
+# ---- torch.export
+
+
+def _read_pt2(path: Path, data: bytes) -> _Content:
+    from .agent.pt2 import describe
+
+    try:
+        found = describe(data)
+    except ValueError as error:
+        raise FileError(f"{path} is refused: {plain(str(error))}.") from error
+    notes = _metadata(found["notes"])
+    inputs, outputs = (tuple(Port(*port) for port in found[key]) for key in ("inputs", "outputs"))
+    return _Content(notes.get("precision") or found["precision"], inputs, outputs, tuple(notes.get("history", ())))

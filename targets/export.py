@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
+import json
 import os
 import re
 import tempfile
@@ -11,10 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgepress.compress.errors import FileError, UserError
-from edgepress.compress.network import Network
+from edgepress.compress.network import Network, export_program
 from edgepress.compress.task import Batches
 
+from .agent.pt2 import NOTES
 from .artifact import METADATA_KEY, Artifact, read_artifact
 from .calibration import pieces
 
@@ -34,11 +39,12 @@ _OPERATOR = (
 def export(
     network: Network, path: str | os.PathLike[str], precision: str = "fp32", calibration: Batches | None = None
 ) -> Artifact:
-    """Write an ``.onnx`` or ``.tflite`` file.
+    """Write an ``.onnx``, ``.tflite`` or ``.pt2`` file.
 
     An ONNX file has a dynamic batch and the network's layout. A TFLite file takes one example; its 4-D float inputs and
     outputs have the channels last, integers are 32-bit, and those of an int8 file may be int8: `predict` of the runtime takes
-    and gives the network's own layout and real numbers for both.
+    and gives the network's own layout and real numbers for both. A ``.pt2`` file is ``torch.export.save``'s, for PyTorch itself
+    on a GPU; it holds no pickle, and is fp32.
 
     Args:
         network: what `trace` or a pass gave.
@@ -62,16 +68,18 @@ def export(
         ('onnx', 'fp32', (None, 4))
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path.name} names no format that edgepress writes: end it in {' or '.join(FORMATS)}.")
+    if path.suffix not in (*FORMATS, ".pt2"):
+        raise UserError(f"{path.name} names no format that edgepress writes: end it in {' or '.join(FORMATS)}, or in .pt2.")
     if precision not in PRECISIONS:
         raise UserError(f"'{precision}' is no precision that edgepress writes: choose {' or '.join(PRECISIONS)}.")
+    if precision != "fp32" and path.suffix == ".pt2":
+        raise UserError(f"A .pt2 file is fp32, and its runtimes convert it (torch:bf16): {precision} needs .onnx or .tflite.")
     if precision == "int8" and calibration is None:
         raise UserError("int8 needs calibration data: pass calibration=, some batches of typical inputs.")
     _check_folder(path)
     if precision == "int8" and calibration is not None:
         next(pieces(network, calibration, 1))  # a batch that does not fit is found out before minutes of work
-    make: Callable[..., bytes] = {".onnx": _onnx, ".tflite": _tflite}[path.suffix]
+    make: Callable[..., bytes] = {".onnx": _onnx, ".tflite": _tflite, ".pt2": _pt2}[path.suffix]
     with _explained(path.suffix, precision):
         content = make(network, precision, calibration, _notes(network, precision))
     write_file(path, content)
@@ -105,6 +113,13 @@ def _tflite(network: Network, precision: str, calibration: Batches | None, notes
 
         content = quantize_tflite(content, fed_ports(content, layout), pieces(network, calibration, 1))
     return annotate_tflite(content, layout, notes)
+
+
+def _pt2(network: Network, precision: str, calibration: Batches | None, notes: dict[str, Any]) -> bytes:
+    program, buffer = export_program(network), io.BytesIO()
+    program._example_inputs = None  # they would be a pickle
+    torch.export.save(program, buffer, extra_files={NOTES: json.dumps(notes, default=str)})
+    return buffer.getvalue()
 
 
 # ---- what can go wrong

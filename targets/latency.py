@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,45 +21,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepress.compress.errors import FileError, UserError
+from edgepress.compress.errors import DeviceError, FileError, UserError
 from edgepress.compress.progress import bar
 from edgepress.compress.pruning.layers import Layer
 
 from . import probe_onnx, probe_tflite
 from .agent.machine import environment
-from .probe_onnx import onnx_context, open_onnx
-from .probe_tflite import open_tflite
-from .runtimes import import_runtime
+from .cache import cache_folder
+from .devices import Device, find_device
+from .devices.link import Piped, Prober
+from .probe_onnx import onnx_context, onnx_probe
+from .probe_tflite import tflite_probe
 
-__all__ = ["LatencyTable", "cache_folder"]
-
-Run = Callable[[], object]
+__all__ = ["LatencyTable"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """How layers are timed on a runtime: its module, how a probe is opened, what else each copy in it costs, what it can hold."""
+    """How layers are timed on a runtime: what brings it, how probes are written, what else a copy costs, what they can hold."""
 
-    module: str
-    open: Callable[[Layer, int, str, int], Run]
+    packages: tuple[str, ...]
+    format: str
+    write: Callable[[Layer, int, str], bytes]
     context: Callable[[Layer], tuple[Layer, ...]]
     operators: frozenset[str]
 
 
+_INTERPRETERS = ("ai-edge-litert", "tflite-runtime", "tensorflow")
 _KINDS = {
-    "onnxruntime": _Kind("onnxruntime", open_onnx, onnx_context, frozenset(probe_onnx.OPERATORS)),
-    "litert": _Kind("ai_edge_litert", open_tflite, lambda _: (), frozenset(probe_tflite.OPERATORS)),
+    "onnxruntime": _Kind(("onnxruntime",), "onnx", onnx_probe, onnx_context, frozenset(probe_onnx.OPERATORS)),
+    "litert": _Kind(_INTERPRETERS, "tflite", tflite_probe, lambda _: (), frozenset(probe_tflite.OPERATORS)),
 }
 _PRECISIONS = ("fp32", "int8")
 _FORMAT = 4  # of the cache; goes up when layers are measured in another way
 _REFERENCE = Layer("conv", ((32, 16, 16),), (32, 16, 16), (3, 3), (1, 1), (1, 1), (1, 1), 1, "relu")
 """Measured with every batch: the machine's speed just then."""
 _BATCH = 24  # layers measured side by side
-_ROUNDS = 24
-_TURN_S = 0.75e-3  # each file runs about this long in a round
 _PROBE_S = 100e-6  # so long a file with several copies should take at least
 _COPIES = (3, 24)
-_QUANTILE = 10  # of the samples: what interrupts a run only ever adds to it
 _REFERENCES = 3  # copies of the reference in each batch
 _STEADY = 0.03  # a reference that moved by less is noise of its own
 _PERIOD = 16  # the widest tile of channels in use; counts that are equal modulo this lie on one straight line
@@ -69,7 +67,7 @@ _CLIFF = 0.15  # two anchors whose times grow otherwise than their counts by mor
 
 
 class LatencyTable:
-    """A clock for selection: seconds of each layer on this computer with one runtime, precision and number of threads.
+    """A clock for selection: seconds of each layer on a device with one runtime, precision and number of threads.
 
     Layers are measured when they are first asked for, many side by side, and kept on disk. HALP (Shen et al. 2022, "Structural
     Pruning via Latency-Saliency Knapsack") measures the layers of one network over their channel counts before it prunes, and
@@ -90,10 +88,11 @@ class LatencyTable:
         precision: ``'fp32'`` or ``'int8'``.
         threads: that a run may use.
         cache: folder of the tables; `cache_folder` where None.
+        device: where layers are timed: ``'local'``, ``'ssh://pi@board'``, see `find_device`.
 
     Raises:
         UserError: no such runtime or precision.
-        DeviceError: the runtime is not installed.
+        DeviceError: the device cannot be reached, or has not the runtime.
         FileError: the folder cannot be written.
 
     Example:
@@ -111,6 +110,7 @@ class LatencyTable:
         precision: str = "fp32",
         threads: int = 1,
         cache: str | os.PathLike[str] | None = None,
+        device: str | Device = "local",
     ):
         if runtime not in _KINDS:
             raise UserError(f"There is no runtime '{runtime}' to time layers on: choose {' or '.join(_KINDS)}.")
@@ -120,9 +120,27 @@ class LatencyTable:
             raise UserError(f"{threads} threads cannot run a layer: ask for 1 or more.")
         self.runtime, self.precision, self.threads = runtime, precision, threads
         self._kind = _KINDS[runtime]
-        version = import_runtime(self._kind.module, self._kind.module.replace("_", "-")).__version__
+        place = find_device(device)
+        if not isinstance(place, Piped):
+            raise DeviceError(f"Layers cannot be timed on {place.name}.")
+        self.device = place
         folder = cache_folder() if cache is None else Path(cache)
-        self._store = _Store(folder / _file_name(runtime, version, precision, threads))
+        with contextlib.closing(place):  # until there is something to time
+            facts = environment() if place.name == "local" else place.environment()
+        self._store = _Store(folder / self._file_name(facts))
+
+    def _file_name(self, place: dict[str, Any]) -> str:
+        if place["emulated"]:
+            raise DeviceError(f"{self.device.name} is an emulated machine: it has no time that means anything.")
+        versions = place["packages"]
+        package = next((name for name in self._kind.packages if name in versions), None)
+        if package is None:
+            wanted, where = self._kind.packages[0], "here" if self.device.name == "local" else f"on {self.device.name}"
+            raise DeviceError(f"The runtime {wanted} is not installed {where}: python3 -m pip install {wanted}")
+        cpu = re.sub(r"[^a-z0-9]+", "-", str(place["cpu"]).lower()).strip("-")
+        features = zlib.crc32(" ".join(place["cpu_features"]).encode())
+        runtime = self.runtime if package == self._kind.packages[0] else package
+        return f"{cpu}-{features:08x}-{runtime}-{versions[package]}-{self.precision}-{self.threads}t-v{_FORMAT}.jsonl"
 
     @property
     def path(self) -> Path:
@@ -153,7 +171,7 @@ class LatencyTable:
             return
         self._store.refresh()
         missing = [layer for layer in missing if layer not in self._store.times]
-        with _progress(len(missing)) as update:
+        with _progress(len(missing)) as update, contextlib.closing(self.device):
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
                 self._store.add(self._measure(batch))
@@ -162,7 +180,7 @@ class LatencyTable:
     def _measure(self, layers: Sequence[Layer]) -> dict[Layer, float]:
         """Nanoseconds of each layer, as they would be with the machine as fast as when the table was begun."""
         every = list(dict.fromkeys(other for layer in (_REFERENCE, *layers) for other in self._with_context(layer)))
-        times = _slopes([*every, *[_REFERENCE] * (_REFERENCES - 1)], self._probe)
+        times = self._slopes([*every, *[_REFERENCE] * (_REFERENCES - 1)])
         slopes = dict(zip(every, times, strict=False))
         slopes[_REFERENCE] = float(np.median([slopes[_REFERENCE], *times[len(every) :]]))
         found = {layer: self._alone(layer, slopes) for layer in every}
@@ -170,6 +188,28 @@ class LatencyTable:
         if abs(speed - 1) < _STEADY:
             speed = 1.0
         return {layer: ns * speed for layer, ns in found.items() if layer not in self._store.times}
+
+    def _slopes(self, layers: Sequence[Layer]) -> list[float]:
+        """Nanoseconds of each layer: files with one and with several copies of it take turns, all layers interleaved."""
+        with Prober(self.device, self._kind.format, self.threads) as prober:
+            probed, numbers, seconds = list(layers), [], []
+            for i, (layer, found) in enumerate(zip(layers, prober.add(self._files([(x, 1) for x in layers])), strict=True)):
+                number, second = found
+                if second is None:  # whatever a runtime says to a shape that it does not take
+                    probed[i] = _moved(layer)
+                    [(number, second)] = prober.add(self._files([(probed[i], 1)]))
+                numbers.append(number)
+                seconds.append(second or 1e-7)
+            copies = [_copies(s) if x.operator != "input" else 1 for x, s in zip(layers, seconds, strict=True)]
+            several = iter(prober.add(self._files([(x, n) for x, n in zip(probed, copies, strict=True) if n > 1])))
+            others = [next(several)[0] if n > 1 else number for n, number in zip(copies, numbers, strict=True)]
+            times = prober.times([*numbers, *others])
+        pairs = zip(times[: len(layers)], times[len(layers) :], copies, strict=True)
+        return [(b - a) / (n - 1) if n > 1 else a for a, b, n in pairs]
+
+    def _files(self, wanted: Sequence[tuple[Layer, int]]) -> list[tuple[bytes, bool]]:
+        """Probes, and whether a call of each is timed with the arrays in and out."""
+        return [(self._kind.write(layer, n, self.precision), layer.operator == "input") for layer, n in wanted]
 
     def _with_context(self, layer: Layer) -> list[Layer]:
         """A layer, what stands beside it in its probe, what stands beside that in its own, and so on."""
@@ -182,34 +222,6 @@ class LatencyTable:
     def _plain(self, layer: Layer) -> Layer:
         """The layer that is measured in its place."""
         return layer if layer.operator in self._kind.operators | {"input"} else _moved(layer)
-
-    def _probe(self, layer: Layer, copies: int) -> Run:
-        try:
-            return self._kind.open(layer, copies, self.precision, self.threads)
-        except Exception:  # whatever a runtime says to a shape that it does not take
-            return self._kind.open(_moved(layer), copies, self.precision, self.threads)
-
-
-def cache_folder() -> Path:
-    """Where measured times are kept: ``$EDGEPRESS_CACHE``, else ``edgepress`` in the user's cache folder.
-
-    Example:
-        >>> os.environ["EDGEPRESS_CACHE"] = "/tmp/cache"
-        >>> str(cache_folder())
-        '/tmp/cache'
-        >>> del os.environ["EDGEPRESS_CACHE"]
-    """
-    own = os.environ.get("EDGEPRESS_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgepress"
-
-
-def _file_name(runtime: str, version: str, precision: str, threads: int) -> str:
-    place = environment()
-    cpu = re.sub(r"[^a-z0-9]+", "-", place["cpu"].lower()).strip("-")
-    features = zlib.crc32(" ".join(place["cpu_features"]).encode())
-    return f"{cpu}-{features:08x}-{runtime}-{version}-{precision}-{threads}t-v{_FORMAT}.jsonl"
 
 
 @contextlib.contextmanager
@@ -300,46 +312,9 @@ def _work(layer: Layer) -> float:
     return float(output * _channels(layer, layer.inputs[0])) if layer.operator in _TWO_SIDED else float(output)
 
 
-# ---- measuring
-
-
-def _slopes(layers: Sequence[Layer], probe: Callable[[Layer, int], Run]) -> list[float]:
-    """Nanoseconds of each layer: files with one and with several copies of it take turns, all layers interleaved."""
-    ones = [probe(layer, 1) for layer in layers]
-    copies = [_copies(run) if layer.operator != "input" else 1 for layer, run in zip(layers, ones, strict=True)]
-    several = [probe(layer, n) if n > 1 else one for layer, n, one in zip(layers, copies, ones, strict=True)]
-    times = _interleaved([*ones, *several])
-    pairs = zip(times[: len(ones)], times[len(ones) :], copies, strict=True)
-    return [(b - a) / (n - 1) if n > 1 else a for a, b, n in pairs]
-
-
-def _copies(run: Run) -> int:
+def _copies(seconds: float) -> int:
     least, most = _COPIES
-    return int(np.clip(np.ceil(_PROBE_S / _typical_s(run)), least, most))
-
-
-def _typical_s(run: Run) -> float:
-    run()
-    start = time.perf_counter()
-    run()
-    run()
-    return max((time.perf_counter() - start) / 2, 1e-7)
-
-
-def _interleaved(runs: Sequence[Run]) -> list[float]:
-    """Nanoseconds of each: a low quantile of samples from rounds in which all take turns, in an order that changes."""
-    repeats = [max(2, int(_TURN_S / _typical_s(run))) for run in runs]
-    samples: list[list[int]] = [[] for _ in runs]
-    order, clock = np.random.default_rng(0), time.perf_counter_ns
-    for _ in range(_ROUNDS):
-        for i in order.permutation(len(runs)):
-            run = runs[i]
-            run()  # the neighbour has left its own data in the caches
-            for _ in range(repeats[i]):
-                start = clock()
-                run()
-                samples[i].append(clock() - start)
-    return [float(np.percentile(s, _QUANTILE)) for s in samples]
+    return int(np.clip(np.ceil(_PROBE_S / seconds), least, most))
 
 
 # ---- on disk

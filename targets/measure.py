@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgepress.compress.errors import UserError
+from edgepress.compress.errors import FileError, UserError
 from edgepress.compress.progress import bar
 
 from .artifact import Artifact
@@ -189,21 +189,24 @@ def try_measure(
     """`measure`, but a file that fails has its error in the list and the others are measured."""
     plan, place = plan or Plan(), find_device(device)
     _check(artifacts, threads, feeds, runtimes)
-    jobs = [
-        Job(artifact, random_feeds(artifact, plan.seed) if given is None else list(given), runtime)
-        for artifact, given, runtime in zip(
-            artifacts, feeds or [None] * len(artifacts), runtimes or [None] * len(artifacts), strict=True
-        )
-    ]
+    found: list[UserError | Job] = []
     try:
         environment = place.environment()
+        for i, artifact in enumerate(artifacts):
+            try:
+                inputs = random_feeds(artifact, plan.seed, place) if feeds is None else list(feeds[i])
+                found.append(Job(artifact, inputs, runtimes[i] if runtimes else None))
+            except FileError as error:
+                found.append(error)
+        jobs = [item for item in found if isinstance(item, Job)]
         with bar("Measure") as update:
             outcomes, seen = place.measure(jobs, threads, dataclasses.asdict(plan), update)
     finally:
         if place is not device:
             place.close()
     environment |= seen | {"device": place.name}
-    return [_measurement(job, outcome, place.name, threads, environment) for job, outcome in zip(jobs, outcomes, strict=True)]
+    taken = iter([_measurement(j, outcome, place.name, threads, environment) for j, outcome in zip(jobs, outcomes, strict=True)])
+    return [next(taken) if isinstance(item, Job) else item for item in found]
 
 
 def _measurement(job: Job, outcome: Outcome, device: str, threads: int, environment: dict[str, Any]) -> Measurement | UserError:

@@ -14,10 +14,7 @@ import numpy as np
 
 from edgepress.compress.pruning.layers import Layer
 
-from .runtimes import import_runtime
-from .silence import silence
-
-__all__ = ["OPERATORS", "onnx_context", "onnx_probe", "open_onnx"]
+__all__ = ["OPERATORS", "onnx_context", "onnx_probe"]
 
 _OPSET, _IR = 18, 10  # as files are exported
 _NARROW = 8  # channels of what feeds a layer and of what reads it
@@ -278,26 +275,3 @@ def onnx_probe(layer: Layer, copies: int, precision: str) -> bytes:
         y = OPERATORS[layer.operator](m, layer, operands)
         _read(m, m.quantized(y) if _image(layer.output) else y, layer.output)
     return m.bytes()
-
-
-def open_onnx(layer: Layer, copies: int, precision: str, threads: int) -> Callable[[], object]:
-    """A function that runs the probe once; for ``'input'`` with the arrays in and out, as a whole call."""
-    ort = import_runtime("onnxruntime", "onnxruntime")
-    ort.disable_telemetry_events()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    with silence():
-        session = ort.InferenceSession(onnx_probe(layer, copies, precision), options, providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(1)
-    feeds = {i.name: generator.standard_normal([int(n) for n in i.shape]).astype(np.float32) for i in session.get_inputs()}
-    if layer.operator == "input":
-        return lambda: session.run(None, feeds)
-    binding = session.io_binding()
-    for name, value in feeds.items():
-        binding.bind_cpu_input(name, value)
-    for output in session.get_outputs():
-        binding.bind_output(output.name, "cpu")
-    return lambda: session.run_with_iobinding(binding)

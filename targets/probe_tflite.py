@@ -7,7 +7,6 @@ noise, scales are made up: how long a kernel takes depends on neither.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +14,7 @@ import numpy as np
 
 from edgepress.compress.pruning.layers import Layer
 
-from .runtimes import import_runtime
-from .silence import silence
-
-__all__ = ["OPERATORS", "open_tflite", "tflite_probe"]
+__all__ = ["OPERATORS", "tflite_probe"]
 
 _VERSIONS = {"CONV_2D": (1, 3), "DEPTHWISE_CONV_2D": (1, 3), "FULLY_CONNECTED": (1, 4), "TRANSPOSE_CONV": (3, 3),
              "HARD_SWISH": (1, 1)}  # fmt: skip
@@ -290,31 +286,3 @@ def tflite_probe(layer: Layer, copies: int, precision: str) -> bytes:
     else:
         outputs = [OPERATORS[layer.operator](f, layer, inputs) for _ in range(copies)]
     return f.bytes(inputs, outputs)
-
-
-def open_tflite(layer: Layer, copies: int, precision: str, threads: int) -> Callable[[], object]:
-    """A function that runs the probe once; for ``'input'`` with the arrays in and out, as a whole call."""
-    content = tflite_probe(layer, copies, precision)
-    litert = import_runtime("ai_edge_litert.interpreter", "ai-edge-litert")
-    with silence():
-        interpreter = litert.Interpreter(model_content=content, num_threads=threads)
-        interpreter.allocate_tensors()
-    feeds = [(d["index"], _noise(d["shape"], d["dtype"])) for d in interpreter.get_input_details()]
-    for index, value in feeds:
-        interpreter.set_tensor(index, value)
-    if layer.operator != "input":
-        return interpreter.invoke  # type: ignore[no-any-return]
-    (port, value), output = feeds[0], interpreter.get_output_details()[0]["index"]
-
-    def call() -> object:
-        interpreter.set_tensor(port, value)
-        interpreter.invoke()
-        return interpreter.get_tensor(output)
-
-    return call
-
-
-def _noise(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    generator, count = np.random.default_rng(1), math.prod(int(n) for n in shape)
-    values = generator.integers(-127, 128, count) if np.dtype(dtype).kind == "i" else generator.standard_normal(count)
-    return values.astype(dtype).reshape(shape)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,11 +15,22 @@ from edgepress.compress.errors import DeviceError, FileError, UserError
 from .agent import frames, sessions
 from .artifact import Artifact, Port
 from .layout import real, stored
+from .limits import memory_share, plain
 
-__all__ = ["Runtime", "check_feeds", "explain", "import_runtime", "open_runtime", "predict", "random_feeds"]
+if TYPE_CHECKING:
+    from .devices.base import Device
+
+__all__ = ["RUNTIMES", "Runtime", "check_feeds", "explain", "import_runtime", "open_runtime", "predict", "random_feeds"]
 
 _INNER_SIZES = (1, 16, 64, 256, 1024)
 """Tried in this order for open sizes other than the batch: a signal of one sample is too short for many networks."""
+
+_NUMBERS = {"bool", *(f"{kind}int{bits}" for kind in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64"}
+_DRAWN_BYTES = 8  # of a random number, before it is given the file's own type
+
+
+RUNTIMES = {"onnx": ("onnxruntime",), "tflite": ("litert", "tflite-runtime", "tensorflow"), "pt2": ("torch",)}
+"""What runs files of each format."""
 
 
 class Runtime(Protocol):
@@ -125,7 +137,7 @@ def explain(fields: dict[str, Any], artifact: Artifact, device: str = "local") -
         package = detail.split(" with ")[0]
         return DeviceError(f"The runtime {detail} is not installed {where}: python3 -m pip install {package}")
     if kind == "fit":
-        known = "'onnxruntime'" if artifact.format == "onnx" else "'litert', 'tflite-runtime' or 'tensorflow'"
+        known = " or ".join(f"'{name}'" for name in RUNTIMES[artifact.format])
         return UserError(f"'{detail}' does not run {artifact.path.name}: a .{artifact.format} file is run by {known}.")
     if kind in ("load", "run"):
         return FileError(f"{runtime} cannot {kind} {name}{at}: {detail}.")
@@ -157,7 +169,9 @@ def check_feeds(artifact: Artifact, feeds: Sequence[np.ndarray], size: int | Non
         raise FileError(f"{artifact.path} takes {len(artifact.inputs)} inputs and was given {len(feeds)}.")
     for port, feed in zip(artifact.inputs, feeds, strict=True):
         if not _fits(feed.shape, port.shape if size is None or not port.shape else (None, *port.shape[1:])):
-            raise FileError(f"{artifact.path}: '{port.name}' takes {_shape(port.shape)} and was given {_shape(feed.shape)}.")
+            raise FileError(
+                f"{artifact.path}: '{plain(port.name)}' takes {_shape(port.shape)} and was given {_shape(feed.shape)}."
+            )
 
 
 def predict(runtime: Runtime, *inputs: np.ndarray) -> Any:
@@ -186,7 +200,7 @@ def predict(runtime: Runtime, *inputs: np.ndarray) -> Any:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def random_feeds(artifact: Artifact, seed: int = 0) -> list[np.ndarray]:
+def random_feeds(artifact: Artifact, seed: int = 0, device: Device | None = None) -> list[np.ndarray]:
     """Inputs in the file's own layout, types and batch, for timing a file whose data is not at hand.
 
     The batch is 1 where it is open. Other open sizes are 1 too, or the first of 16, 64, 256, 1024 that the file runs with.
@@ -195,9 +209,11 @@ def random_feeds(artifact: Artifact, seed: int = 0) -> list[np.ndarray]:
         artifact: the file.
         seed: of the random numbers: standard normal floats, the whole range of a quantized type, 0 and 1 as integers
             (small enough for any vocabulary).
+        device: where sizes are tried, in a process of its own; this computer where None.
 
     Raises:
-        FileError: the file runs with none of those sizes.
+        FileError: the file runs with none of those sizes, its inputs would fill the memory, or they are no numbers.
+        DeviceError: the device, not the file, is at fault.
 
     Example:
         >>> from pathlib import Path
@@ -207,30 +223,41 @@ def random_feeds(artifact: Artifact, seed: int = 0) -> list[np.ndarray]:
     """
     if all(None not in port.shape[1:] or port.shape.count(None) == 1 for port in artifact.inputs):
         return _random(artifact, seed, 1)
-    runtime, failure = open_runtime(artifact), FileError()
-    try:
+    from .devices.base import Failed, Job  # which import this
+    from .devices.local import Local
+
+    failure: UserError = FileError()
+    with contextlib.ExitStack() as stack:
+        place = device or stack.enter_context(contextlib.closing(Local()))
         for inner in _INNER_SIZES:
             feeds = _random(artifact, seed, inner)
-            try:
-                runtime.run(feeds)
-            except FileError as error:
-                failure = error
-            else:
+            outcome = place.check(Job(artifact, feeds))
+            if not isinstance(outcome, Failed):
                 return feeds
-    finally:
-        runtime.close()
+            failure = outcome.error
+            if not isinstance(failure, FileError):
+                raise failure
     raise FileError(f"No size tried for the open dimensions of {artifact.path} runs; the last: {failure}") from failure
 
 
 def _random(artifact: Artifact, seed: int, inner: int) -> list[np.ndarray]:
-    generator = np.random.default_rng(seed)
-    return [_random_array(port, inner, generator) for port in artifact.inputs]
+    generator, shapes = np.random.default_rng(seed), [_random_shape(port, inner) for port in artifact.inputs]
+    for port in artifact.inputs:
+        if port.dtype not in _NUMBERS:
+            raise FileError(f"{artifact.path}: '{plain(port.name)}' takes {port.dtype}, and edgepress has only numbers to give.")
+    if (wanted := sum(map(math.prod, shapes)) * _DRAWN_BYTES) > memory_share(0.25):
+        size = f"{wanted / 1e9:,.0f} GB, more than a quarter of this computer's memory"
+        raise FileError(f"The inputs of one run of {artifact.path} would take {size}.")
+    return [_random_array(port, shape, generator) for port, shape in zip(artifact.inputs, shapes, strict=True)]
 
 
-def _random_array(port: Port, inner: int, generator: np.random.Generator) -> np.ndarray:
+def _random_shape(port: Port, inner: int) -> list[int]:
     opened = [i for i, size in enumerate(port.shape) if size is None]
     # the first open size is the batch, also where it is not in front: the state of a recurrent layer
-    shape = [size if size is not None else 1 if i == opened[0] else inner for i, size in enumerate(port.shape)]
+    return [size if size is not None else 1 if i == opened[0] else inner for i, size in enumerate(port.shape)]
+
+
+def _random_array(port: Port, shape: Sequence[int], generator: np.random.Generator) -> np.ndarray:
     dtype = np.dtype(port.dtype)
     if dtype.kind == "f":
         return np.asarray(generator.standard_normal(shape), dtype)
@@ -252,7 +279,9 @@ def _check(artifact: Artifact, inputs: Sequence[np.ndarray]) -> None:
         for value, port in zip(inputs, ports, strict=True)
     )
     if not fits:
-        wanted = ", ".join(f"'{port.name}' {_shape(('N', *port.network_shape[1:]) if port.shape else ())}" for port in ports)
+        wanted = ", ".join(
+            f"'{plain(port.name)}' {_shape(('N', *port.network_shape[1:]) if port.shape else ())}" for port in ports
+        )
         raise UserError(
             f"{artifact.path.name} takes {len(ports)} input{'s' * (len(ports) != 1)} ({wanted}); "
             f"it was given {len(inputs)} of shape {given}."

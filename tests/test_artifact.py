@@ -59,10 +59,10 @@ def test_read_artifact_must_not_crash_on_any_damage(files, tmp_path):
             assert read_artifact(path).format == "tflite"
 
 
-@pytest.mark.parametrize("name", ["net.bin", "net", "net.pt2"])
+@pytest.mark.parametrize("name", ["net.bin", "net", "net.pth"])
 def test_read_artifact_must_refuse_other_suffixes(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(FileError, match=r"neither \.onnx nor \.tflite"):
+    with pytest.raises(FileError, match=r"none of \.onnx, \.tflite and \.pt2"):
         read_artifact(tmp_path / name)
 
 

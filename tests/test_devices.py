@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fake_runtime
@@ -21,7 +22,7 @@ from edgepress.targets.devices.link import Link, Piped
 from edgepress.targets.devices.local import Local
 from edgepress.targets.measure import Measurement, Plan, measure, ratio, try_measure
 
-QUICK = Plan(rounds=3, min_round_s=0.002, warmup_s=0.0, timeout_s=20, wait_s=0.0)
+QUICK = Plan(rounds=3, min_round_s=0.002, warmup_s=0.0, timeout_s=20, wait_s=120.0)
 FEED = np.ones((1, 4), np.float32)
 
 
@@ -170,10 +171,10 @@ def test_a_runtime_that_is_missing_or_does_not_fit_must_be_named(local, order):
 
 
 def test_only_one_benchmark_may_hold_the_device(local, order):
-    with local._locked(0.0):
+    with local._locked(120.0):
         other = Local()
         with pytest.raises(DeviceError, match="local is busy: another benchmark"):
-            tried([order("double")], other)
+            tried([order("double")], other, replace(QUICK, wait_s=0.0))
         other.close()
     assert isinstance(tried([order("double")], local)[0], Measurement)
 
@@ -268,8 +269,10 @@ def say(header):
 
 sys.stdin.buffer.read(int(sys.stdin.buffer.read(8)))
 os.write(1, b"Welcome!" + {frames.GREETING!r})
+os.read(0, 1)  # of the request
 """
-    return Piped("board", [sys.executable, "-c", head + lines], lambda code, text: f"lost: {code}")
+    program = f"{head}{lines}\nwhile os.read(0, 4096): pass"
+    return Piped("board", [sys.executable, "-c", program], lambda code, text: f"lost: {code}")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from edgepress.compress.errors import FileError, UserError
+from edgepress.compress.errors import DeviceError, FileError, UserError
 from edgepress.compress.network import trace
 from edgepress.compress.pruning.layers import Layer
 from edgepress.targets import latency, probe_onnx, probe_tflite
+from edgepress.targets.agent import probes
+from edgepress.targets.devices import find_device
 from edgepress.targets.export import export
 from edgepress.targets.latency import LatencyTable
 from edgepress.targets.runtimes import open_runtime
@@ -49,12 +51,12 @@ def example(operator):
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("module", [probe_onnx, probe_tflite], ids=["onnx", "tflite"])
 def test_every_probe_runs(module, precision):
-    opened = getattr(module, "open_onnx" if module is probe_onnx else "open_tflite")
+    write, open_ = (module.onnx_probe, probes._onnx) if module is probe_onnx else (module.tflite_probe, probes._tflite)
     failed = []
     for layer in [example(name) for name in (*module.OPERATORS, "input")] + MORE:
         for copies in (1, 3):
             try:
-                opened(layer, copies, precision, 1)()
+                open_(write(layer, copies, precision), 1, layer.operator == "input")()
             except Exception as error:
                 failed.append((layer, copies, error))
     assert not failed
@@ -164,7 +166,7 @@ def test_damaged_lines_are_left_out(tmp_path):
 def test_drift_is_taken_out_by_the_reference(tmp_path, monkeypatch):
     table = LatencyTable("litert", "int8", cache=tmp_path)
     for speed in (1.0, 3.0):
-        monkeypatch.setattr(latency, "_slopes", lambda layers, probe, s=speed: [s * 100 * x.output[0] for x in layers])
+        monkeypatch.setattr(LatencyTable, "_slopes", lambda self, layers, s=speed: [s * 100 * x.output[0] for x in layers])
         assert table.seconds([conv(8, int(10 * speed))]) == pytest.approx([1e-9 * 1000 * speed])
 
 
@@ -179,7 +181,7 @@ def test_real_layers_are_timed_and_kept(tmp_path):
 def test_what_stands_beside_a_layer_in_its_probe_is_taken_off(tmp_path, monkeypatch):
     # a mean is timed behind a convolution of its own, which is timed in front of a reader of its own
     times = {"tail": 10.0, "conv": 10.0 + 30.0, "mean": 30.0 + 7.0}
-    monkeypatch.setattr(latency, "_slopes", lambda layers, probe: [times[x.operator] for x in layers])
+    monkeypatch.setattr(LatencyTable, "_slopes", lambda self, layers: [times[x.operator] for x in layers])
     assert LatencyTable("onnxruntime", cache=tmp_path).seconds([EXAMPLES["mean"]]) == pytest.approx([7e-9])
 
 
@@ -188,6 +190,37 @@ def test_a_layer_that_cannot_be_measured_costs_what_it_moves(tmp_path):
     strange = Layer("fft_rfft", ((9, 10),), (9, 20))
     assert table.seconds([strange])[0] == pytest.approx(90e-9)
     assert table.measured == [Layer("mul", ((90,), (90,)), (90,))]
+
+
+def test_layers_are_timed_on_the_device(tmp_path):
+    place = find_device("local")
+    table = LatencyTable("litert", "int8", cache=tmp_path, device=place)
+    assert table.seconds([conv(8, 8)])[0] > 0
+    place.environment = lambda: {
+        "cpu": "Cortex-A76",
+        "cpu_features": ["asimddp"],
+        "packages": {"tflite-runtime": "2.14.0"},
+        "emulated": None,
+    }
+    place.name = "ssh://board"
+    other = LatencyTable("litert", "int8", threads=4, cache=tmp_path, device=place)
+    assert other.path.name.startswith("cortex-a76-")
+    assert "-tflite-runtime-2.14.0-int8-4t-" in other.path.name
+    with pytest.raises(DeviceError, match="onnxruntime is not installed on ssh://board"):
+        LatencyTable("onnxruntime", cache=tmp_path, device=place)
+    place.environment = lambda: {"emulated": "qemu runs this process"}
+    with pytest.raises(DeviceError, match="is an emulated machine"):
+        LatencyTable("litert", cache=tmp_path, device=place)
+
+
+def test_a_shape_that_the_runtime_refuses_costs_what_it_moves(tmp_path, monkeypatch):
+    whole = latency._KINDS["litert"]
+    broken = dataclasses.replace(
+        whole, write=lambda layer, n, p: b"nothing" if layer.operator == "conv" and n == 1 else whole.write(layer, n, p)
+    )
+    monkeypatch.setitem(latency._KINDS, "litert", broken)
+    monkeypatch.setattr(latency, "_REFERENCE", Layer("add", ((8, 8, 8),) * 2, (8, 8, 8)))
+    assert 0 < LatencyTable("litert", "int8", cache=tmp_path).seconds([conv(64, 64)])[0] < 1e-3
 
 
 def test_mistakes_get_a_sentence(tmp_path):

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from edgepress import report as report_module
+from edgepress.compare import Benched
 from edgepress.compress.errors import FileError
 from edgepress.page import render
 from edgepress.plot import Dot, bars, scatter
-from edgepress.compare import Benched
 from edgepress.report import FileResult, Layer, Report, bench_table, table, to_json, write
 from edgepress.targets.artifact import Artifact
 from edgepress.targets.measure import Measurement, ratio

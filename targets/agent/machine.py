@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("edgepress", "onnxruntime", "onnxruntime-gpu", "ai-edge-litert", "tflite-runtime", "tensorflow", "torch", "numpy",
              "onnx", "litert-torch", "ai-edge-quantizer", "nncf")  # fmt: skip
+_SYS = Path("/sys")
 _FEATURES = (
     # what decides which kernels a runtime picks: x86 first, then Arm
     "sse4_1", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16",
@@ -123,42 +125,40 @@ def _lacks_robust_lists() -> bool:
 
 def celsius() -> float | None:
     """The hottest thermal zone."""
-    found = [int(text) / 1000 for zone in Path("/sys/class/thermal").glob("thermal_zone*/temp") if _digits(text := _read(zone))]
-    return max(found, default=None)
+    return max(_numbers(_SYS / "class/thermal", "thermal_zone*/temp", 1e-3), default=None)
 
 
 def mhz() -> float | None:
     """The fastest core's clock just now."""
-    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
-    return max((int(text) / 1000 for file in files if _digits(text := _read(file))), default=None)
+    return max(_numbers(_SYS / "devices/system/cpu", "cpu[0-9]*/cpufreq/scaling_cur_freq", 1e-3), default=None)
 
 
 class Energy:
     """Joules drawn so far, from the first sensor that can be read; None where there is none.
 
-    Intel and AMD count energy themselves (RAPL, whole package). Where there is only a power sensor (INA chips on Jetson boards,
-    hwmon, a battery) its reading times the time since the last one is added up.
+    Intel and AMD count energy themselves (RAPL, whole package). Where there is only a power sensor (hwmon, INA chips on Jetson
+    boards, a battery) its reading times the time since the last one is added up.
+
+    Attributes:
+        source: which sensor; None where there is none.
     """
 
     def __init__(self) -> None:
         self.total, self.at = 0.0, time.monotonic()
-        self.counter = _first("/sys/class/powercap", "*-rapl:[0-9]/energy_uj")
-        self.power = None if self.counter else _first("/sys/class/hwmon", "hwmon*/power1_input")
-        self.battery = None if self.counter or self.power else _first("/sys/class/power_supply", "*/power_now")
+        self.source, self.factors, self.unit = _sensor()
         self.last = self._raw()
-        self.source = "RAPL" if self.counter else "hwmon" if self.power else "battery" if self.battery else None
 
     def _raw(self) -> float | None:
-        text = _read(self.counter or self.power or self.battery or "")
-        return int(text) / 1e6 if _digits(text) else None
+        values = [_number(file) for file in self.factors]
+        return None if not values or None in values else math.prod(v for v in values if v is not None) * self.unit
 
     def joules(self) -> float | None:
         """Joules since this object was made."""
         raw, now = self._raw(), time.monotonic()
         if raw is None or self.last is None:
             return None
-        if self.counter:
-            span = int(_read(Path(self.counter).parent / "max_energy_range_uj") or 0) / 1e6
+        if self.source == "RAPL":
+            span = (_number(self.factors[0].parent / "max_energy_range_uj") or 0) * self.unit
             self.total += raw - self.last if raw >= self.last else raw - self.last + span
         else:
             self.total += (raw + self.last) / 2 * (now - self.at)
@@ -179,12 +179,27 @@ def busy_s() -> tuple[float, float] | None:
     return (sum(ticks) - idle) / tick - time.process_time(), ticks[7] / tick
 
 
-def _first(folder: str, pattern: str) -> str | None:
-    return next((str(file) for file in sorted(Path(folder).glob(pattern)) if _digits(_read(file))), None)
+def _sensor() -> tuple[str | None, list[Path], float]:
+    """The best sensor: its name, the files whose product is its reading, and that in joules or watts."""
+    for source, folder, patterns, unit in (
+        ("RAPL", "class/powercap", ("*-rapl:[0-9]/energy_uj",), 1e-6),
+        ("hwmon", "class/hwmon", ("hwmon*/power1_input",), 1e-6),
+        ("INA", "bus/i2c/drivers/ina3221", ("*/hwmon/hwmon*/in1_input", "*/hwmon/hwmon*/curr1_input"), 1e-6),  # mV times mA
+        ("battery", "class/power_supply", ("*/power_now",), 1e-6),
+    ):
+        files = [next((f for f in sorted((_SYS / folder).glob(p)) if _number(f) is not None), None) for p in patterns]
+        if None not in files:
+            return source, [f for f in files if f is not None], unit
+    return None, [], 0.0
 
 
-def _digits(text: str | None) -> bool:
-    return bool(text) and str(text).lstrip("-").isdigit()
+def _numbers(folder: Path, pattern: str, unit: float) -> list[float]:
+    return [value * unit for file in folder.glob(pattern) if (value := _number(file)) is not None]
+
+
+def _number(path: str | Path) -> int | None:
+    text = _read(path) or ""
+    return int(text) if text.lstrip("-").isdigit() else None
 
 
 def _cpu_model() -> str:

@@ -8,7 +8,7 @@ import os
 from .frames import Failure
 from .machine import version_of
 
-__all__ = ["Session", "load", "prepare", "run_pieces"]
+__all__ = ["Session", "failing", "interpreter_of", "load", "options_of", "prepare", "run_pieces", "silence"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,24 +23,39 @@ class Session:
         name: of the runtime, with what was chosen of it: ``'litert'``, ``'onnxruntime:xnnpack'``.
         version: of the runtime.
         run: arrays in the file's own layout and types to the list of its outputs.
+
+    Attributes:
+        stopwatch: for a runtime that must time itself, because its work goes on after the call: takes the inputs where it wants
+            them, gets ready, and returns a function from a number of runs to the nanoseconds that they took. None: the clock is
+            put around ``run``.
+        step_ns: the smallest step of that stopwatch; 0 where it is the device's clock.
+        compile_ns: tells how long the runtime has compiled so far; it is in the time of the first run.
     """
 
     def __init__(self, name: str, version: str, run: Callable[[Sequence[Any]], list[Any]]):
         self.name, self.version, self.run = name, version, run
+        self.stopwatch: Callable[[Sequence[Any]], Callable[[int], int]] | None = None
+        self.step_ns = 0
+        self.compile_ns: Callable[[], int] = lambda: 0
 
 
 def load(path: str, runtime: str | None = None, threads: int = 1) -> Session:
     """Load a file into a runtime.
 
     Args:
-        path: an ``.onnx`` or ``.tflite`` file.
+        path: an ``.onnx``, ``.tflite`` or ``.pt2`` file.
         runtime: ``'onnxruntime'`` or one of its execution providers, ``'onnxruntime:cuda'``; ``'litert'``, ``'tflite-runtime'``
-            or ``'tensorflow'``, each also without XNNPACK, ``'litert:no-xnnpack'``. None takes the first that is installed.
+            or ``'tensorflow'``, each also without XNNPACK, ``'litert:no-xnnpack'``; ``'torch'``, see `load_program`. None takes
+            the first that is installed.
         threads: how many one run may use.
 
     Raises:
         Failure: ``missing``, ``load``; its sessions raise ``run``.
     """
+    if path.endswith(".pt2"):
+        from .torch_session import load_program
+
+        return load_program(path, runtime or "torch", threads)
     onnx = path.endswith(".onnx")
     name, _, option = (runtime or ("onnxruntime" if onnx else "")).partition(":")
     if onnx != (name == "onnxruntime"):
@@ -53,8 +68,12 @@ def prepare(path: str, runtime: str | None) -> None:
     if path.endswith(".onnx"):
         with contextlib.suppress(ImportError):
             import onnxruntime  # noqa: F401
+    elif path.endswith(".pt2"):
+        from .torch_session import import_torch
+
+        import_torch()
     else:
-        _interpreter((runtime or "").partition(":")[0])
+        interpreter_of((runtime or "").partition(":")[0])
 
 
 def _onnxruntime(path: str, option: str, threads: int) -> Session:
@@ -64,6 +83,21 @@ def _onnxruntime(path: str, option: str, threads: int) -> Session:
         raise Failure("missing", "onnxruntime") from error
     ort.disable_telemetry_events()
     provider = _provider(ort.get_available_providers(), option)
+    with failing("load", "ONNX Runtime"), silence():
+        session = ort.InferenceSession(path, options_of(ort, threads), providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise Failure("load", f"it does not fit {provider}", runtime="ONNX Runtime")
+    names = [port.name for port in session.get_inputs()]
+
+    def run(feeds: Sequence[Any]) -> list[Any]:
+        with failing("run", "ONNX Runtime"):
+            return list(session.run(None, dict(zip(names, feeds))))
+
+    return Session("onnxruntime" + (f":{option}" if option else ""), ort.__version__, run)
+
+
+def options_of(ort: Any, threads: int) -> Any:
+    """One thing after the other, each on so many threads, and quiet."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -71,17 +105,7 @@ def _onnxruntime(path: str, option: str, threads: int) -> Session:
     options.log_severity_level = 4  # errors are raised; warnings about a stranger's file help nobody here
     # idle threads must not burn the core that another file is being timed on
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    with _failing("load", "ONNX Runtime"), _silence():
-        session = ort.InferenceSession(path, options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise Failure("load", f"it does not fit {provider}", runtime="ONNX Runtime")
-    names = [port.name for port in session.get_inputs()]
-
-    def run(feeds: Sequence[Any]) -> list[Any]:
-        with _failing("run", "ONNX Runtime"):
-            return list(session.run(None, dict(zip(names, feeds))))
-
-    return Session("onnxruntime" + (f":{option}" if option else ""), ort.__version__, run)
+    return options
 
 
 def _provider(available: Sequence[str], option: str) -> str:
@@ -97,14 +121,14 @@ _INTERPRETERS = {"litert": ("ai_edge_litert", "ai_edge_litert.interpreter", "ai-
 
 
 def _tflite(path: str, name: str, option: str, threads: int) -> Session:
-    name, module, version = _interpreter(name)
+    name, module, version = interpreter_of(name)
     more = {}
     if option == "no-xnnpack":
         resolver = getattr(module, "OpResolverType", None) or module.experimental.OpResolverType
         more["experimental_op_resolver_type"] = resolver.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     elif option:
         raise Failure("fit", f"{name}:{option}")
-    with _failing("load", _TITLES[name]), _silence():
+    with failing("load", _TITLES[name]), silence():
         interpreter = module.Interpreter(model_path=path, num_threads=threads, **more)
         interpreter.allocate_tensors()
     inputs = [detail["index"] for detail in interpreter.get_input_details()]
@@ -113,9 +137,9 @@ def _tflite(path: str, name: str, option: str, threads: int) -> Session:
 
     def run(feeds: Sequence[Any]) -> list[Any]:
         nonlocal shapes
-        with _failing("run", _TITLES[name]):
+        with failing("run", _TITLES[name]):
             if [feed.shape for feed in feeds] != shapes:
-                with _silence():
+                with silence():
                     for index, feed in zip(inputs, feeds):
                         interpreter.resize_tensor_input(index, list(feed.shape))
                     interpreter.allocate_tensors()
@@ -131,7 +155,8 @@ def _tflite(path: str, name: str, option: str, threads: int) -> Session:
 _TITLES = {"litert": "LiteRT", "tflite-runtime": "tflite-runtime", "tensorflow": "TensorFlow's interpreter"}
 
 
-def _interpreter(name: str) -> tuple[str, Any, str]:
+def interpreter_of(name: str) -> tuple[str, Any, str]:
+    """The interpreter of that name, or the first that is installed: its name, module and version."""
     import importlib
 
     if name and name not in _INTERPRETERS:
@@ -148,7 +173,8 @@ def _interpreter(name: str) -> tuple[str, Any, str]:
 
 
 @contextlib.contextmanager
-def _failing(kind: str, runtime: str) -> Any:
+def failing(kind: str, runtime: str) -> Any:
+    """What a runtime raises becomes a `Failure` of that kind."""
     try:
         yield
     except Exception as error:
@@ -157,7 +183,7 @@ def _failing(kind: str, runtime: str) -> Any:
 
 
 @contextlib.contextmanager
-def _silence() -> Any:
+def silence() -> Any:
     """Runtimes write to the standard error of the process; what they raise is enough."""
     try:
         saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)

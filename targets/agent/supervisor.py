@@ -18,7 +18,7 @@ from .frames import GREETING, Failure, receive, send
 from .machine import emulated, environment
 from .worker import work
 
-__all__ = ["serve"]
+__all__ = ["FILE_NAME", "serve"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 _HEARTBEAT_S = 2.0
+
+FILE_NAME = r"(?:[A-Za-z0-9_][A-Za-z0-9_ .+-]{0,120}/){0,3}[A-Za-z0-9_][A-Za-z0-9_ .+-]{0,120}"
+"""What a file may be called here: plain letters, in at most three folders, none of them hidden, so never ``..``."""
 
 
 def serve() -> None:
@@ -90,14 +93,17 @@ def _handle(
 
 
 def _put(folder: str, name: str, blob: bytes) -> None:
-    if not re.fullmatch(r"[0-9]{1,4}\.(onnx|tflite|data)", name):
+    """Append to one of an artifact's files, each artifact having a folder of its own, which a failure takes away."""
+    number, _, inside = name.partition("/")
+    if not re.fullmatch("[0-9]{1,9}", number) or not re.fullmatch(FILE_NAME, inside):
         raise Failure("name", name)
+    path = os.path.join(folder, number, inside)
     try:
-        with open(os.path.join(folder, name), "ab") as file:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "ab") as file:
             file.write(blob)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.truncate(os.path.join(folder, name), 0)
+        shutil.rmtree(os.path.join(folder, number), ignore_errors=True)
         free = shutil.disk_usage(folder).free
         raise Failure(
             "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "write", error.strerror or "", free=free

@@ -29,24 +29,33 @@ class Turn:
     """One file's part in a run.
 
     Args:
-        session: the file; what is timed is its ``run``.
+        session: the file; what is timed is its ``run``, unless it brings a stopwatch of its own.
         feeds: what it is run on.
     """
 
     def __init__(self, session: Session, feeds: Sequence[Any]):
         self.session, self.feeds = session, feeds
+        self._stopwatch: Callable[[int], int] | None = None
         self.typical_ns, self.loops, self.repeats = 0.0, 1, 1
         self.rounds: list[list[int]] = []
         self.joules: float | None = None
         self.runs = 0
 
+    def prepare(self) -> None:
+        """Let a session with a stopwatch of its own get ready: what it compiles is no part of the warm-up."""
+        if self.session.stopwatch is not None:
+            self._stopwatch = self.session.stopwatch(self.feeds)
+
     def sample(self, clock: Callable[[], int]) -> int:
         """Nanoseconds of one run, the mean over ``loops``."""
-        run, feeds = self.session.run, self.feeds
-        start = clock()
-        for _ in range(self.loops):
-            run(feeds)
-        spent = clock() - start
+        if self._stopwatch is not None:
+            spent = self._stopwatch(self.loops)
+        else:
+            run, feeds = self.session.run, self.feeds
+            start = clock()
+            for _ in range(self.loops):
+                run(feeds)
+            spent = clock() - start
         if spent < 0:
             raise Failure("clock")
         return round(spent / self.loops)
@@ -79,6 +88,7 @@ def interleave(
 
     for i, turn in enumerate(turns):
         begin(i)
+        turn.prepare()
         _warm_up(turn, plan, clock)
         _choose_repeats(turn, plan, clock)
     order, energy = random.Random(plan["seed"]), Energy()
@@ -118,7 +128,7 @@ def _warm_up(turn: Turn, plan: dict[str, Any], clock: Callable[[], int]) -> None
 
 
 def _choose_repeats(turn: Turn, plan: dict[str, Any], clock: Callable[[], int]) -> None:
-    step = min((b - a for a, b in readings(clock) if b > a), default=1)
+    step = max(min((b - a for a, b in readings(clock) if b > a), default=1), turn.session.step_ns)
     turn.loops = max(1, math.ceil(_TIMER_STEPS * step / turn.typical_ns))
     wanted = math.ceil(plan["min_round_s"] * 1e9 / (turn.typical_ns * turn.loops))
     turn.repeats = min(max(wanted, 3 if turn.typical_ns < _LONG_NS else 1), plan["max_samples"])
@@ -128,7 +138,7 @@ def _rounds(turns: Sequence[Turn], plan: dict[str, Any]) -> int:
     one_ns = sum(turn.typical_ns * turn.loops * (turn.repeats + turn.settle) for turn in turns)
     if plan.get("sustained_s"):
         return max(_LEAST_ROUNDS, int(plan["sustained_s"] * 1e9 / one_ns))
-    return min(plan["rounds"], max(_LEAST_ROUNDS, int(plan["budget_s"] * 1e9 / one_ns)))
+    return min(int(plan["rounds"]), max(_LEAST_ROUNDS, int(plan["budget_s"] * 1e9 / one_ns)))
 
 
 def _take_round(turn: Turn, clock: Callable[[], int], energy: Energy) -> None:

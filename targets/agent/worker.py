@@ -11,6 +11,7 @@ import time
 
 from .frames import Failure, arrays_of, receive, send
 from .machine import high_water, memory_bytes
+from .probes import Probes
 from .sessions import Session, load, prepare, run_pieces
 from .turns import Turn, interleave
 
@@ -19,6 +20,8 @@ __all__ = ["work"]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+_PROBES = Probes()
 
 
 def work(requests: int, replies: int, folder: str) -> None:
@@ -59,6 +62,10 @@ def _answer(
         return {"name": sessions["open"].name, "version": sessions["open"].version}, []
     if do == "check":
         return _check(folder, header, arrays)
+    if do == "probe":
+        return _PROBES.add(header, arrays), []
+    if do == "times":
+        return _PROBES.times(header), []
     turns, at = [], 0
     for entry in header["files"]:
         session = load(os.path.join(folder, entry["file"]), entry["runtime"], header["threads"])
@@ -93,9 +100,17 @@ def _check(folder: str, header: dict[str, Any], arrays: list[Any]) -> tuple[dict
 
 
 def _limit_memory() -> None:
-    """A file that asks for more memory than the device has fails by itself, before the system has to choose a victim."""
+    """A file that asks for more memory than the device has fails by itself, before the system has to choose a victim.
+
+    It is the first victim too, should it come to that: there is a supervisor to tell of it. What crashes leaves no image of its
+    memory on the disk.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
         total = memory_bytes()
         if total and sys.maxsize > 1 << 32 and "CUDA_VISIBLE_DEVICES" not in os.environ:

@@ -1,4 +1,4 @@
-"""Devices by name: this computer, a board over SSH, a phone over adb, an emulated board."""
+"""Devices by name: this computer, its NVIDIA GPU, a board over SSH, a phone over adb, an emulated board."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from edgepress.compress.errors import DeviceError
 
 from .adb import adb
 from .base import Device, Failed, Job, Outcome, Taken
+from .cuda import cuda
 from .emulated import emulated
 from .local import Local
 from .ssh import ssh
@@ -14,6 +15,7 @@ __all__ = ["KINDS", "Device", "Failed", "Job", "Outcome", "Taken", "find_device"
 
 KINDS = {
     "local": "this computer",
+    "cuda": "an NVIDIA GPU of this computer; cuda:1 is the second",
     "ssh://user@host:port": "a board that ssh reaches without a question; ?python=venv/bin/python names its interpreter",
     "adb://serial": "an Android phone with a python3, such as Termux's",
     "emulated://cortex-a76": "an emulated Arm board: correctness and instruction counts, never a time",
@@ -37,6 +39,8 @@ def find_device(device: str | Device) -> Device:
         return device
     if device == "local":
         return Local()
+    if device.partition(":")[0] == "cuda":
+        return cuda(device)
     kind, separator, rest = device.partition("://")
     kinds = {"ssh": ssh, "adb": adb, "emulated": emulated}
     if not separator or kind not in kinds:

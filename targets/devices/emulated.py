@@ -75,7 +75,7 @@ def board_command(core: str, arguments: Sequence[str], plugin: str | None = None
 
 def board_folder() -> Path:
     """Where the board is, or would be."""
-    from ..latency import cache_folder  # which imports the devices
+    from ..cache import cache_folder  # which imports the devices
 
     named = os.environ.get("EDGEPRESS_BOARD")
     return (Path(named) if named else cache_folder() / "board").absolute()

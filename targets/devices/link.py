@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,16 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from edgepress.compress.errors import DeviceError, UserError
+from edgepress.compress.errors import DeviceError, FileError
 from edgepress.compress.progress import bar
 
 from .. import agent
 from ..agent import frames
+from ..agent.supervisor import FILE_NAME
 from ..artifact import Artifact
+from ..limits import plain
 from ..runtimes import check_feeds, explain, predict
 from .base import Failed, Job, Outcome, Taken
 
-__all__ = ["BOOT", "Link", "Piped"]
+__all__ = ["BOOT", "Link", "Piped", "Prober"]
 
 BOOT = (
     "import sys;sys.path[:]=[p for p in sys.path if p];import json,types;f=sys.stdin.buffer;d=json.loads(f.read(int(f.read(8))));"
@@ -35,7 +38,8 @@ BOOT = (
 )
 """What ``python3 -c`` is given on the device: it reads the agent's modules from standard input."""
 
-_MODULES = ("frames", "machine", "sessions", "turns", "worker", "supervisor")  # each after those that it imports
+_MODULES = ("frames", "machine", "sessions", "probes", "pt2", "torch_session", "turns", "worker", "supervisor")
+"""Of the agent, each after those that it imports."""
 _CHUNK = 1 << 20
 _FRAME = 1 << 24  # inputs of one request to run
 _SILENCE_S = 30.0  # the agent says something every two seconds
@@ -184,6 +188,7 @@ class Piped:
         self.name, self._command, self._explain = name, command, explain
         self._kept: Link | None = None
         self._sent: dict[str, str] = {}
+        self._numbers = itertools.count()
 
     @property
     def _link(self) -> Link:
@@ -210,6 +215,8 @@ class Piped:
             )  # fmt: skip
         except frames.Failure as failure:
             return Failed(explain(failure.fields, job.artifact, self.name))
+        except FileError as error:
+            return Failed(error)
         except (KeyError, ValueError, TypeError) as error:
             raise DeviceError(f"What {self.name} sent makes no sense, so it was not believed.") from error
         finally:
@@ -263,23 +270,25 @@ class Piped:
                     self._kept.ask("unlock")
 
     def _put(self, artifact: Artifact) -> str:
-        """Send a file, once; its name there is ours, so that no name of a user's ever reaches a device."""
+        """Send a file with its data files, once, into a folder of its own; its name there is ours, and theirs are plain ones."""
         if artifact.sha256 in self._sent and artifact.sha256:
             return self._sent[artifact.sha256]
-        name = f"{len(self._sent)}.{artifact.format}"
+        number, main, done = next(self._numbers), f"model.{artifact.format}", 0
+        files = {main: artifact.path, **_beside(artifact, main)}
         try:
-            with artifact.path.open("rb") as file, bar(f"Send {artifact.path.name}") as update:
-                done = 0
-                while piece := file.read(_CHUNK):
-                    self._link.ask("put", [np.frombuffer(piece, np.uint8)], file=name)
-                    done += len(piece)
-                    update(done / max(artifact.bytes, done))
+            with bar(f"Send {artifact.path.name}") as update:
+                for name, path in files.items():
+                    with path.open("rb") as file:
+                        while piece := file.read(_CHUNK):
+                            self._link.ask("put", [np.frombuffer(piece, np.uint8)], file=f"{number}/{name}")
+                            done += len(piece)
+                            update(done / max(artifact.bytes, done))
         except OSError as error:
-            raise UserError(f"Cannot read {artifact.path}: {error.strerror or error}.") from error
+            raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
         except frames.Failure as failure:
             raise DeviceError(_no_room(failure.fields, artifact, self.name)) from failure
-        self._sent[artifact.sha256 or name] = name
-        return name
+        self._sent[artifact.sha256 or str(number)] = f"{number}/{main}"
+        return f"{number}/{main}"
 
     def _taken(
         self, jobs: Sequence[Job], outcomes: list[Outcome], alive: Sequence[int], threads: int, plan: dict[str, Any],
@@ -363,7 +372,66 @@ class _Far:
                 self._device._kept.ask("stop", worker=self._worker)
 
 
+class Prober:
+    """Tiny files that are timed against each other on a device; inside the block it is held.
+
+    Args:
+        device: where.
+        format: of the files, ``'onnx'`` or ``'tflite'``.
+        threads: that a run may use.
+        wait_s: how long to wait for another benchmark that holds the device.
+    """
+
+    def __init__(self, device: Piped, format: str, threads: int, wait_s: float = 300.0):
+        self._device, self._format, self._threads, self._wait_s = device, format, threads, wait_s
+        self._count, self._held = 0, contextlib.ExitStack()
+
+    def __enter__(self) -> Prober:
+        self._held.enter_context(self._device._locked(self._wait_s))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._held, contextlib.suppress(DeviceError, frames.Failure):
+            self._device._link.ask("stop", worker=0)
+
+    def add(self, files: Sequence[tuple[bytes, bool]]) -> list[tuple[int, float | None]]:
+        """Send files, each with whether a call is timed with its arrays in and out.
+
+        Returns:
+            For each file its number and the seconds of one run; None where the runtime refuses it.
+        """
+        if not files:
+            return []
+        contents = [np.frombuffer(content, np.uint8) for content, _ in files]
+        whole = [bool(w) for _, w in files]
+        answer = self._ask("probe", contents, format=self._format, threads=self._threads, whole=whole)
+        seconds = [None if s is None else _amount(s) for s in answer["seconds"]]
+        first, self._count = self._count, self._count + len(files)
+        return list(zip(range(first, self._count), seconds, strict=True))
+
+    def times(self, numbers: Sequence[int]) -> list[float]:
+        """Nanoseconds of one run of each, by turns; the files are forgotten then."""
+        self._count = 0
+        found = [_amount(ns) for ns in self._ask("times", files=list(numbers))["ns"]]
+        if len(found) != len(numbers):
+            raise DeviceError(f"What {self._device.name} sent makes no sense, so it was not believed.")
+        return found
+
+    def _ask(self, do: str, arrays: Sequence[np.ndarray] = (), **fields: Any) -> dict[str, Any]:
+        try:
+            return self._device._link.ask(do, arrays, worker=0, **fields)[0]
+        except frames.Failure as failure:
+            kind, detail = failure.fields["error"], failure.fields["detail"]
+            raise DeviceError(f"Layers cannot be timed on {self._device.name}: {kind} {detail}".rstrip() + ".") from failure
+
+
 # ---- what a device says is checked before it is believed
+
+
+def _amount(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e15:
+        raise DeviceError("A time that a device sent makes no sense, so it was not believed.")
+    return float(value)
 
 
 def _filled(taken: Outcome, entry: dict[str, Any]) -> Taken:
@@ -407,6 +475,19 @@ def _tame(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(_tame(str(key))): _tame(item) for key, item in value.items()}
     return value if value is None or isinstance(value, bool | int | float) else None
+
+
+def _beside(artifact: Artifact, main: str) -> dict[str, Path]:
+    """The data files by the names that the file itself calls them by."""
+    named = {path.relative_to(artifact.path.parent).as_posix(): path for path in artifact.data}
+    for name in named:
+        if name == main or not re.fullmatch(FILE_NAME, name):
+            shown, path = plain(name), artifact.path.name
+            raise FileError(
+                f"{path} has its weights in '{shown}', a name that is sent to no device: join the two with "
+                f"onnx.save(onnx.load('{path}'), 'joined.onnx')."
+            )
+    return named
 
 
 def _no_room(fields: dict[str, Any], artifact: Artifact, device: str) -> str:
