@@ -289,6 +289,7 @@ def _benched(row: Benched) -> dict[str, Any]:
         "runtime": f"{taken.runtime} {taken.runtime_version}",
         "threads": taken.threads,
         "latency": {k: getattr(taken, k) for k in ("p50_ns", "p90_ns", "p99_ns", "mean_ns")},
+        "per_second": taken.per_second,
         "speedup": {"value": speedup.value, "low": speedup.low, "high": speedup.high, "verdict": speedup.verdict},
         "cold_start": {"load_ns": taken.load_ns, "first_ns": taken.first_ns},
         "peak_bytes": taken.peak_bytes,

@@ -125,6 +125,11 @@ class Measurement:
         return sum(map(sum, self.samples_ns)) / sum(map(len, self.samples_ns))
 
     @property
+    def per_second(self) -> float:
+        """Runs in a second, one after the other."""
+        return 1e9 / self.mean_ns
+
+    @property
     def noise_reasons(self) -> tuple[str, ...]:
         """What speaks against these samples, in words; empty where nothing does."""
         return (*noise_reasons(self.samples_ns), *_meanwhile(self.environment, self.threads))

@@ -88,6 +88,7 @@ def test_measure_must_run_a_strangers_tflite_file(reference_data):
 def test_measurement_must_compute_its_figures_from_the_samples():
     measured = measurement_of(((10, 20, 30), (40, 50)))
     assert (measured.p50_ns, measured.mean_ns) == (30.0, 30.0)
+    assert measured.per_second == pytest.approx(1e9 / 30)
     assert measured.p90_ns == pytest.approx(46.0)
     assert measured.p99_ns == pytest.approx(49.6)
 

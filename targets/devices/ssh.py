@@ -14,8 +14,8 @@ from .link import BOOT, Piped
 __all__ = ["ssh"]
 
 _OPTIONS = (
-    "BatchMode=yes", "StrictHostKeyChecking=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3",
-    "ClearAllForwardings=yes", "PermitLocalCommand=no", "RequestTTY=no",
+    "BatchMode=yes", "StrictHostKeyChecking=yes", "ConnectTimeout=10", "ConnectionAttempts=3", "ServerAliveInterval=5",
+    "ServerAliveCountMax=3", "ClearAllForwardings=yes", "PermitLocalCommand=no", "RequestTTY=no",
 )  # fmt: skip
 _PLACE = re.compile(
     r"(?:(?P<user>[A-Za-z0-9_][\w.-]*)@)?(?P<host>[A-Za-z0-9_][\w.-]*|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{1,5}))?"
