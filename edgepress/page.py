@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from .plot import Dot, bars, scatter
+from .plot import Dot, bars, scatter, shares
 from .units import NOT_MEASURED, format_bytes, format_count, format_gain, format_metric, format_ms, format_points, format_times
 
 __all__ = ["render"]
@@ -40,6 +40,7 @@ def render(document: Document) -> str:
         scatter=_scatter(document),
         files=_files(document),
         layers=_layers(document["layers"]),
+        profile=_profile(document.get("profile")),
         passes=_passes(document),
         environment=_environment(document),
         footer=escape(f"Made by edgepress {document['edgepress']} from report.json; raw samples are in samples.json."),
@@ -274,6 +275,15 @@ def _layers(layers: list[dict[str, Any]]) -> str:
     )
     plot = bars([(layer["name"], layer["before"], layer["after"]) for layer in layers])
     return _section("Channels before and after", about, f'{plot}<div class="legend">{legend}</div>')
+
+
+def _profile(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ""
+    about = f"One run of {found['file']}, by the runtime's own profiler, summed over modules: {found['covered']:.0%} of a run."
+    if found["caution"]:
+        about += f" To be read with care: {found['caution']}."
+    return _section("Where the time goes", about, shares([(row["name"], row["ns"], row["share"]) for row in found["modules"]]))
 
 
 def _passes(document: Document) -> str:

@@ -28,6 +28,7 @@ from edgepress.targets.devices import Device, Failed, Job, find_device
 from edgepress.targets.export import export
 from edgepress.targets.latency import LatencyTable
 from edgepress.targets.measure import Measurement, measure, noise_warning, ratio
+from edgepress.targets.profile import profile
 from edgepress.targets.runtimes import random_feeds
 from edgepress.targets.verify import Parity, verify
 
@@ -100,6 +101,8 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
         warnings.append(noise)
     dense = dict(zip(twins, measured[len(judged) :], strict=True))
     report = _report(task, judge, original, pressed, judged, measured[: len(judged)], dense, warnings, clock)
+    if place.name == "local" and report.closest is not None:
+        report = replace(report, profile=_profile(report.closest.artifact, threads))
     write(report, folder)
     return report
 
@@ -107,6 +110,8 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
 # ---- stages
 
 _RUNTIMES = {"onnx": "onnxruntime", "tflite": "litert"}
+_SLOWEST = 16
+"""Modules in the profile of a report."""
 
 
 def _run_passes(
@@ -254,6 +259,16 @@ def _tried(artifact: Artifact, place: Device) -> None:
     outcome = place.check(Job(artifact, random_feeds(artifact)))
     if isinstance(outcome, Failed):
         raise outcome.error
+
+
+def _profile(artifact: Artifact, threads: int) -> dict[str, Any] | None:
+    """Where the time of a file goes, by module; what the profiler cannot do is no reason to end a run."""
+    try:
+        found = profile(artifact, threads)
+    except UserError:
+        return None
+    modules = [{"name": name or "no module", "ns": ns, "share": share} for name, ns, share in found.by_module()[:_SLOWEST]]
+    return {"file": artifact.path.name, "covered": found.covered, "caution": found.caution, "modules": modules}
 
 
 @dataclass(frozen=True)

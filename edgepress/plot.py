@@ -12,7 +12,7 @@ from html import escape
 
 from .units import format_bytes, format_metric, format_ms, format_points
 
-__all__ = ["Dot", "bars", "scatter"]
+__all__ = ["Dot", "bars", "scatter", "shares"]
 
 _WIDTH, _HEIGHT = 1040, 470
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 22, 52
@@ -306,6 +306,37 @@ def bars(layers: Sequence[tuple[str, int, int]]) -> str:
     height = rows * _ROW + 4
     label = "output channels of every layer before and after"
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" class="bars" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def shares(rows: Sequence[tuple[str, float, float]]) -> str:
+    """Where time goes: a bar for each row, with its microseconds and its share.
+
+    Args:
+        rows: name, nanoseconds, share of the whole from 0 to 1.
+
+    Example:
+        >>> shares([("conv1", 1200.0, 0.75)])[:4], shares([])
+        ('<svg', '')
+    """
+    if not rows:
+        return ""
+    name_width = min(max(len(name) for name, _, _ in rows) * 6.3 + 8, _WIDTH * 0.42)
+    largest, room = max(ns for _, ns, _ in rows) or 1.0, _WIDTH - name_width - 8 - 130
+    parts = []
+    for i, (name, ns, share) in enumerate(rows):
+        start, top = name_width + 8, i * _ROW
+        size, numbers = ns / largest * room, f"{ns / 1e3:.1f} µs, {share:.0%}"
+        parts.append(
+            f"<g><title>{escape(name)}</title>"
+            f'<text class="layer" x="{name_width:.1f}" y="{top + _ROW / 2 + 4:.1f}" text-anchor="end">'
+            f"{escape(_shortened(name, max(4, int(name_width / 6.3) - 1)))}</text>"
+            f'<rect class="after" x="{start:.1f}" y="{top + 3:.1f}" height="{_ROW - 6}" rx="2" width="{size:.1f}"/>'
+            f'<text class="count" x="{start + size + 8:.1f}" y="{top + _ROW / 2 + 4:.1f}">{numbers}</text></g>'
+        )
+    label = "time of each module in one run"
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {len(rows) * _ROW + 4}" role="img" class="bars" aria-label="{label}">{"".join(parts)}</svg>'
+    )
 
 
 def _bar(layer: tuple[str, int, int], left: float, top: float, width: float, name_width: float, largest: int) -> str:

@@ -122,6 +122,8 @@ class Report:
         seconds: of each stage.
         accepted: whether any file was.
         compressed: of the compressed torch network, with the keys of ``original`` that are known.
+        profile: where the time of one run of the recommended (or closest) file goes: ``{"file": name, "covered": part of a run,
+            "caution": sentence or None, "modules": [{"name", "ns", "share"}]}``; None where it was not measured on this computer.
     """
 
     task: str
@@ -139,6 +141,7 @@ class Report:
     seconds: dict[str, float]
     accepted: bool
     compressed: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
 
     @property
     def best(self) -> FileResult | None:
@@ -210,6 +213,7 @@ def to_json(report: Report, folder: str | os.PathLike[str] | None = None) -> dic
         "compressed": report.compressed,
         "files": [_file(f, folder) for f in report.files],
         "layers": [dataclasses.asdict(layer) for layer in report.layers],
+        "profile": report.profile,
         "passes": list(report.passes),
         "environment": report.environment,
         "warnings": list(report.warnings),

@@ -65,6 +65,10 @@ def test_press_delivers_measured_files_in_every_format(task, tmp_path):
     assert 0 < layers["stem.0"].after < layers["stem.0"].before
     assert [p["pass"] for p in report.passes] == ["Shorten", "Prune", "Distill"]
     assert sorted(p.name for p in (tmp_path / "passes").iterdir())[0].startswith("00-shorten-")
+    assert report.profile["file"] == report.closest.artifact.path.name
+    assert any(module["name"].startswith("stem.0") for module in report.profile["modules"])
+    assert 0 < sum(module["share"] for module in report.profile["modules"]) <= 1.001
+    assert "Where the time goes" in (tmp_path / "report.html").read_text()
 
 
 def test_press_says_by_how_much_the_budget_was_missed(task, tmp_path, capsys):
