@@ -20,7 +20,7 @@ __all__ = ["main"]
 
 _EPILOG = """exit codes: 0 done, accepted; 3 no file met the budget (files are kept, the report says by how much);
 2 a mistake in what was given; 1 a fault of edgepress; 130 interrupted."""
-_DEVICE = "where the files run: local, ssh://user@host, adb://serial, emulated://core (default: local)"
+_DEVICE = "where the files run: local, cuda, ssh://user@host, adb://serial, emulated://core (default: local)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _devices_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("names", nargs="*", help="local, ssh://user@host, adb://serial or emulated://core (default: local)")
+    command.add_argument("names", nargs="*", help="local, cuda, ssh://user@host, adb://serial or emulated://core (default: local)")
 
 
 def _profile_arguments(command: argparse.ArgumentParser) -> None:
