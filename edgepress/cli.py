@@ -134,7 +134,7 @@ def _bench_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _devices_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("names", nargs="*", help="local, cuda, ssh://user@host, adb://serial or emulated://core (default: local)")
+    command.add_argument("names", nargs="*", help="local, cuda, ssh://user@host, adb://serial, emulated://core (default: local)")
 
 
 def _profile_arguments(command: argparse.ArgumentParser) -> None:
