@@ -312,11 +312,11 @@ class Piped:
         feeds = [feed for i in alive for feed in jobs[i].feeds]
         limit = plan["timeout_s"] * len(alive) + 2 * (plan["budget_s"] + plan["sustained_s"])
         try:
-            answer, _ = self._link.ask(
+            answer, samples = self._link.ask(
                 "measure", feeds, event, worker=1, files=files, threads=threads, plan=plan, timeout_s=limit
             )
-            for i, entry in zip(alive, answer["files"], strict=True):
-                outcomes[i] = _filled(outcomes[i], entry)
+            for i, entry, taken in zip(alive, answer["files"], samples, strict=True):
+                outcomes[i] = _filled(outcomes[i], entry, taken)
             return _environment({"environment": answer["seen"]}, self.name)
         except frames.Failure as failure:
             if failure.fields["error"] == "emulated":
@@ -434,11 +434,11 @@ def _amount(value: object) -> float:
     return float(value)
 
 
-def _filled(taken: Outcome, entry: dict[str, Any]) -> Taken:
+def _filled(taken: Outcome, entry: dict[str, Any], samples: np.ndarray) -> Taken:
     assert isinstance(taken, Taken)
-    rounds = tuple(tuple(_count(sample) for sample in samples) for samples in entry["samples_ns"])
-    if len(rounds) < 2 or not all(rounds):
+    if samples.dtype != np.int64 or samples.ndim != 2 or len(samples) < 2 or not samples.size or samples.min() < 0:
         raise ValueError("no samples")
+    rounds = tuple(map(tuple, samples.tolist()))
     joules = entry["joules"]
     if joules is not None and not (isinstance(joules, int | float) and 0 <= joules < 1e9):
         raise ValueError("no energy")
