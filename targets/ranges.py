@@ -21,8 +21,8 @@ class Statistics:
     """What is remembered of a tensor's values: memory does not grow with how many are seen.
 
     The histogram covers ``[-limit, limit]`` in a fixed number of bins. A larger value doubles the limit as often as needed, and
-    each doubling joins the bins in pairs: no bin's edge ever moves, so nothing is redistributed. Zeros are only counted: every grid
-    has them.
+    each doubling joins the bins in pairs: no bin's edge ever moves, so nothing is redistributed. Zeros are only counted: every
+    grid has them.
 
     Example:
         >>> seen = Statistics()
@@ -70,9 +70,10 @@ class Statistics:
     def range(self, calibrator: Calibrator, levels: int = 255) -> Range:
         """(lowest, highest) value that is to be represented.
 
-        ``minmax``: everything seen. ``average``: a moving average of each update's extremes. ``percentile``: without the outermost
-        0.01 % on either side. ``mse``: the range whose rounding and clipping errors, together, are the least squared. ``entropy``:
-        the range that loses the least information (Migacz 2017, 8-bit Inference with TensorRT), one-sided where all values are.
+        ``minmax``: everything seen. ``average``: a moving average of each update's extremes. ``percentile``: without the
+        outermost 0.01 % on either side. ``mse``: the range whose rounding and clipping errors, together, are the least squared.
+        ``entropy``: the range that loses the least information (Migacz 2017, 8-bit Inference with TensorRT), one-sided where
+        all values are.
 
         Args:
             calibrator: the rule.
@@ -152,4 +153,4 @@ def scale_of(low: float, high: float, bits: int = 8, *, symmetric: bool = False)
     if symmetric:
         return max(-low, high) / top or 1.0, 0
     scale = (high - low) / (2 * top + 1) or 1.0
-    return scale, int(round(-low / scale)) - top - 1
+    return scale, round(-low / scale) - top - 1
