@@ -9,24 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .errors import RecipeError, TaskError
+from .errors import RecipeError
+from .layerwise import LAYERS, LayerByLayer, examples, kind, some_batches
 from .network import Network
 from .passes import describe
 from .pruning.scores import label_free_loss
-from .task import Task, labelled_loss, training_batches
+from .task import Task, labelled_loss
 
-__all__ = ["Sparsify", "dense_twin", "keep_largest", "keep_n_of_m", "patches", "sparsegpt", "taylor"]
+__all__ = ["Sparsify", "dense_twin", "keep_largest", "keep_n_of_m", "sparsegpt", "taylor"]
 
 _LEAST = 0.01  # of each layer's weights stays under a global threshold, so that no layer dies
 _COLUMNS = 128  # SparseGPT's block size, of the paper
 _DAMPING = 0.01  # SparseGPT's share of the mean diagonal, of the paper
-_LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,9 @@ class Sparsify:
             raise RecipeError(f"Sparsify finds no layer for pattern: {self.pattern} besides those that stay dense: {dense}.")
         with torch.no_grad():
             if self.method == "sparsegpt":
-                _SparseGpt(sparse, chosen, self._amount).run(*_examples(sparse, task, self.batches))
+                LayerByLayer(sparse, chosen, lambda w, h: sparsegpt(w, h, self._amount)).run(
+                    *examples(sparse, task, self.batches)
+                )
             else:
                 scores = self._scores(sparse, task, chosen)
                 for name, mask in self._masks(scores).items():
@@ -107,6 +108,9 @@ class Sparsify:
         }
         return sparse.then(**{"pass": "Sparsify"}, **describe(self), found=found)
 
+    def _corrected(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        return sparsegpt(weight, hessian, self._amount)
+
     def _n_of_m(self) -> tuple[int, int] | None:
         found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
         return (int(found[1]), int(found[2])) if found else None
@@ -119,7 +123,7 @@ class Sparsify:
         """Calls and the weights that they read, and the names of weights that stay dense."""
         found: dict[fx.Node, str] = {}
         for node in network.module.graph.nodes:
-            weight = node.args[1] if _kind(node) in _LAYERS else None
+            weight = node.args[1] if kind(node) in LAYERS else None
             if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target) not in found.values():
                 found[node] = str(weight.target)
         names = list(found.values())
@@ -258,90 +262,11 @@ def sparsegpt(weight: Tensor, hessian: Tensor, amount: float | tuple[int, int]) 
     return w.to(weight.dtype)
 
 
-def patches(x: Tensor, kernel: tuple[int, ...], stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> Tensor:
-    """The inputs of every position of a convolution, channels last: ``[N, C, *size]`` to ``[prod(kernel) * C, positions]``.
-
-    Example:
-        >>> import torch
-        >>> patches(torch.arange(4.0).view(1, 1, 4), (2,))
-        tensor([[0., 1., 2.],
-                [1., 2., 3.]])
-    """
-    stride, dilation = _each(stride, kernel), _each(dilation, kernel)
-    if padding == "same":
-        around = [((k - 1) * d // 2, (k - 1) * d - (k - 1) * d // 2) for k, d in zip(kernel, dilation, strict=True)]
-    else:
-        around = [(p, p) for p in _each(0 if padding == "valid" else padding, kernel)]
-    x = F.pad(x, [n for pair in reversed(around) for n in pair])
-    for i, (k, s, d) in enumerate(zip(kernel, stride, dilation, strict=True)):
-        x = x.unfold(2 + i, (k - 1) * d + 1, s)[..., ::d]
-    places, taps = range(2, 2 + len(kernel)), range(2 + len(kernel), 2 + 2 * len(kernel))
-    return x.permute(*taps, 1, 0, *places).flatten(0, len(kernel)).flatten(1)
-
-
-def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return values * len(kernel) if len(values) == 1 else values
-
-
-class _SparseGpt(fx.Interpreter):
-    """Runs the graph on calibration inputs; each layer is sparsified on what the sparse layers before it give."""
-
-    def __init__(self, network: Network, chosen: dict[fx.Node, str], amount: float | tuple[int, int]):
-        super().__init__(network.module)
-        self._chosen, self._amount = chosen, amount
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Sparsify the weight of a chosen layer, then run it."""
-        if n in self._chosen:
-            self._sparsify(n, self.env[n.args[0]], self.module.get_parameter(self._chosen[n]))  # type: ignore[index, operator]
-        return super().run_node(n)
-
-    def _sparsify(self, n: fx.Node, x: Tensor, weight: Tensor) -> None:
-        if _kind(n) == "linear":
-            flat = x.reshape(-1, x.shape[-1]).T.double()
-            weight.copy_(sparsegpt(weight, flat @ flat.T, self._amount))
-            return
-        kernel = tuple(weight.shape[2:])
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        call = dict(zip(names, n.args, strict=False)) | n.kwargs
-        settings = {k: call[k] for k in ("stride", "padding", "dilation") if k in call}
-        groups = int(call.get("groups", 1))  # type: ignore[arg-type]
-        for mine, w in zip(x.chunk(groups, 1), weight.chunk(groups, 0), strict=True):
-            hessian = torch.zeros(w[0].numel(), w[0].numel(), dtype=torch.double, device=w.device)
-            for some in mine.split(8):
-                seen = patches(some, kernel, **settings).double()
-                hessian += seen @ seen.T
-            last = w.movedim(1, -1)  # neighbours are input channels, as N:M wants them
-            w.copy_(sparsegpt(last.flatten(1), hessian, self._amount).view(last.shape).movedim(-1, 1))
-
-
-def _kind(node: fx.Node) -> str:
-    name = getattr(node.target, "_schema", None) and node.target._schema.name  # type: ignore[union-attr]
-    return str(name).removeprefix("aten::") if node.op == "call_function" else ""
-
-
 # ---- data
 
 
-def _batches(task: Task, count: int) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
-    seen = 0
-    for batch in training_batches(task, 0):
-        if seen == count:
-            break
-        seen += 1
-        yield batch
-    if not seen:
-        raise TaskError("The task's data is empty: Sparsify needs a batch to look at.")
-
-
-def _examples(network: Network, task: Task, count: int) -> tuple[Tensor, ...]:
-    inputs = [inputs for inputs, _ in _batches(task, count)]
-    return tuple(torch.cat(column).to(network.device) for column in zip(*inputs, strict=True))
-
-
 def _gradients(network: Network, task: Task, weights: dict[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
-    for seed, (inputs, targets) in enumerate(_batches(task, count)):
+    for seed, (inputs, targets) in enumerate(some_batches(task, count)):
         with torch.enable_grad():
             outputs = network(*(x.to(network.device) for x in inputs))
             targets = targets.to(network.device) if isinstance(targets, Tensor) else targets

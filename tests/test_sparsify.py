@@ -13,9 +13,10 @@ from torch import nn
 import edgepress as ep
 from edgepress.compress.distill import Distill
 from edgepress.compress.errors import RecipeError
+from edgepress.compress.layerwise import patches
 from edgepress.compress.network import Network, trace
 from edgepress.compress.pruning import Prune
-from edgepress.compress.sparsify import Sparsify, dense_twin, keep_largest, keep_n_of_m, patches, sparsegpt
+from edgepress.compress.sparsify import Sparsify, dense_twin, keep_largest, keep_n_of_m, sparsegpt
 from edgepress.compress.surgery import read_plan
 from edgepress.compress.task import Task, score
 from edgepress.compress.train import Precision
