@@ -1,42 +1,88 @@
-"""Distillation: the student learns to give the teacher's outputs."""
+"""Distillation: the student learns to give what its teacher gives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .distributed import join
 from .errors import RecipeError
+from .features import FEATURES, Features, Place, compared, matched, projections, watched
+from .losses import (
+    decoupled_distillation,
+    detection_distillation,
+    floats,
+    logit_distillation,
+    only,
+    output_distance,
+    output_distillation,
+    token_distillation,
+)
 from .network import Network, trace
 from .passes import describe
 from .task import Task, labelled_loss, training_batches
+from .teacher import Teacher, TeacherSource, check_teacher, fingerprint, open_teacher, teacher_network
+from .teacher_cache import Remembered, outputs_folder
 from .train import Precision, Schedule, fastest_precision, fit
 
 __all__ = ["Distill", "logit_distillation", "output_distance", "output_distillation"]
+
+Imitation = Literal["auto", "logits", "decoupled", "tokens", "outputs", "detection"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Schedule):
     """Train the network towards its teacher: recovery after pruning, with or without labels.
 
-    Takes the fields of `Schedule` (epochs, minutes, optimizer, lr ...) and its own:
+    Takes the fields of `Schedule` (epochs, minutes, optimizer, lr ...) and its own. What is minimised is ``(1 - labels) *
+    imitation + labels * the task's own loss + feature_weight * features``; without labels, ``imitation + feature_weight *
+    features``. A task without ``train_batches`` is trained on its ``calibration_batches``.
 
     Args:
-        temperature: softens both sides' probabilities (Hinton, Vinyals, Dean 2015).
+        loss: how outputs are compared, each a function in `losses`: 'logits' (Hinton et al. 2015), 'decoupled' (Zhao et al.
+            2022; without labels the teacher's first choice is the target), 'tokens' (classes along the last axis, padding left
+            out: by an input called ``attention_mask``, or where the targets are -100), 'outputs' (every output, in units of the
+            teacher's variance), 'detection' (boxes and scores). 'auto' is 'logits' for a task without a loss of its own, else
+            'outputs'.
+        temperature: softens both sides' probabilities.
         labels: weight of the task's own loss where there are labels, from 0 (teacher alone) to 1 (labels alone).
-        teacher: the network to follow; the task's original where None.
+        alpha: of 'decoupled': weight of the target class's part.
+        beta: of 'decoupled': weight of the other classes' part.
+        boxes: of 'detection': name or index of the output ``[N, A, 4]``; the one that ends in 4 where empty.
+        scores: of 'detection': name or index of the output of logits ``[N, A, C]``; the other one where empty.
+        background: of 'detection': the class that means nothing is there; None where each class has a sigmoid of its own.
+        features: how inner tensors are compared too: 'hints' (Romero et al. 2015), 'attention' (Zagoruyko and Komodakis 2017),
+            'similarity' (Tung and Mori 2019), 'relational' (Park et al. 2019).
+        layers: whose outputs are compared, by module name: 'layer2, layer3', 'mine=theirs'; chosen by `features.matched` where
+            empty.
+        feature_weight: of the features; their authors' where None.
+        teacher: what to follow, see `open_teacher`; the task's original where None.
+        cache: keep the teacher's outputs on disk while the same examples come again, see `Remembered`; not in deterministic
+            training, where an example's last bits may depend on the others of its batch.
         precision: how steps compute; the fastest on this machine where None.
         checkpoint: a file to go on from after an interruption.
     """
 
+    loss: Imitation = "auto"
     temperature: float = 4.0
     labels: float = 0.1
-    teacher: Network | None = field(default=None, repr=False)
+    alpha: float = 1.0
+    beta: float = 8.0
+    boxes: str = ""
+    scores: str = ""
+    background: int | None = None
+    features: Features = "none"
+    layers: str = ""
+    feature_weight: float | None = None
+    teacher: TeacherSource | None = field(default=None, repr=False)
+    cache: bool = True
     precision: Precision | None = None
     checkpoint: Path | None = field(default=None, repr=False)
 
@@ -44,88 +90,235 @@ class Distill(Schedule):
         super().__post_init__()
         if self.temperature <= 0 or not 0 <= self.labels <= 1:
             raise RecipeError("Distill needs a temperature above 0 and a labels weight from 0 to 1.")
+        if self.features not in ("none", *FEATURES):
+            raise RecipeError(f"Distill(features='{self.features}') is unknown: take one of none, {', '.join(FEATURES)}.")
+        if self.loss not in ("auto", *_IMITATIONS):
+            raise RecipeError(f"Distill(loss='{self.loss}') is unknown: take one of auto, {', '.join(_IMITATIONS)}.")
+        if min(self.alpha, self.beta, self.feature_weight or 0.0) < 0:
+            raise RecipeError("Distill needs alpha, beta and feature_weight of at least 0.")
 
     def __call__(self, network: Network, task: Task) -> Network:
         """Return the trained network; ``network`` and the teacher stay as they were."""
-        student, device = network.copy(), network.device
-        precision = self.precision or fastest_precision(student, next(training_batches(task, 0))[0])
-        teacher = (self.teacher.copy() if self.teacher is not None else trace(task.model, task.inputs)).to(device).eval()
-        precision.place(teacher)
+        student = network.copy().eval()
+        inputs, targets = next(training_batches(task, 0))
+        precision = self.precision or self._fastest(student, inputs)
+        with _lesson(self, student, task, precision, inputs) as lesson:
 
-        def loss(outputs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
-            with torch.no_grad(), precision.autocast(device):
-                wanted = teacher(*inputs)
-            soft = self._towards(outputs, wanted, task)
-            if targets is None or self.labels == 0:
-                return soft
-            return (1 - self.labels) * soft + self.labels * labelled_loss(task, outputs, targets)
+            def loss(outputs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
+                if targets is None or self.labels == 0:
+                    return lesson.imitation(outputs, inputs, targets, 1.0)
+                hard = self.labels * labelled_loss(task, outputs, targets)
+                if self.labels == 1 and not lesson.pairs:
+                    return hard
+                return hard + lesson.imitation(outputs, inputs, targets, 1 - self.labels)
 
-        found = fit(student, task, loss, self, precision=precision, checkpoint=self.checkpoint, title="Distill")
-        return student.then(**{"pass": "Distill"}, **describe(self), found=found)
+            found = fit(
+                student,
+                task,
+                loss,
+                replace(self, compile=self.compile and not lesson.pairs),  # a compiled graph shows no inner tensors
+                precision=precision,
+                checkpoint=self.checkpoint,
+                extra=lesson.projections.values(),
+                title="Distill",
+            )
+        found |= {"labelled": targets is not None and self.labels > 0, **lesson.found}
+        return student.then(**{"pass": "Distill"}, **self._described(), found=found)
 
-    def _towards(self, outputs: Any, wanted: Any, task: Task) -> Tensor:
-        if task.loss is None:
-            return logit_distillation(_only(outputs), _only(wanted), self.temperature)
-        return output_distillation(outputs, wanted)
+    def _fastest(self, student: Network, inputs: tuple[Tensor, ...]) -> Precision:
+        if self.deterministic:
+            return Precision()
+        return join(student.device).agree(lambda: fastest_precision(student, inputs))
+
+    def _described(self) -> dict[str, Any]:
+        """The configuration; of the teacher, the file that it came from."""
+        named = {"teacher": str(self.teacher)} if isinstance(self.teacher, str | Path) else {}
+        return {name: value for name, value in describe(self).items() if name != "teacher"} | named
 
 
-def logit_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Hinton, Vinyals and Dean (2015): ``T^2 KL(softmax(teacher / T) || softmax(student / T))``, mean over examples.
+# ---- the teacher at work
 
-    Args:
-        student: logits ``[N, C, ...]``, classes along dim 1.
-        teacher: logits of the same shape.
-        temperature: T.
 
-    Example:
-        >>> import torch
-        >>> a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-        >>> round(float(logit_distillation(a, b, 1.0)), 4), float(logit_distillation(a, a, 1.0))
-        (1.5232, 0.0)
+@dataclass(frozen=True)
+class _Lesson:
+    """What a student is compared with.
+
+    Attributes:
+        imitation: outputs, inputs, targets and the weight of the outputs' part to the loss.
+        pairs: inner tensors that are compared.
+        projections: trained along, dropped afterwards.
+        found: for the history; complete when the lesson is over.
     """
-    log_p = F.log_softmax(teacher.float() / temperature, dim=1)
-    log_q = F.log_softmax(student.float() / temperature, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean() * temperature**2
+
+    imitation: Callable[[Any, tuple[Tensor, ...], Any, float], Tensor]
+    pairs: list[tuple[Place, Place]]
+    projections: dict[str, nn.Parameter]
+    found: dict[str, Any]
 
 
-def output_distillation(student: Any, teacher: Any) -> Tensor:
-    """Mean squared difference of each output in units of the teacher's variance, averaged over the outputs.
+@contextlib.contextmanager
+def _lesson(
+    distill: Distill, student: Network, task: Task, precision: Precision, inputs: tuple[Tensor, ...]
+) -> Iterator[_Lesson]:
+    """The teacher opened and checked; inside, the tensors that are compared can be seen."""
+    device = student.device
+    source = distill.teacher if distill.teacher is not None else trace(task.model, task.inputs)
+    if distill.features != "none" and isinstance(source, nn.Module) and not isinstance(source, torch.jit.ScriptModule):
+        source = trace(source, task.inputs)
+    network = teacher_network(source)
+    if network is not None:
+        network = network.to(device).eval()
+        precision.place(network)
+    teacher = open_teacher(source, device) if network is None else (lambda batch: network(*batch))
+    batch = precision.inputs(inputs, device)
+    with torch.inference_mode():
+        ours = student(*batch)
+    ask = _asked(teacher, precision, device)
+    wanted = check_teacher(ask, batch, ours)
+    look = _look(distill, student, task, ours)
+    look(ours, wanted, batch, None)  # outputs that this loss cannot compare are named now
+    weight = distill.feature_weight if distill.feature_weight is not None else FEATURES.get(distill.features, 0.0)
+    with contextlib.ExitStack() as stack:
+        pairs: list[tuple[Place, Place]] = []
+        seen: dict[str, Tensor] = {}
+        theirs: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
+        if distill.features != "none":
+            pairs = _pairs(distill, student, network)
+            seen = stack.enter_context(watched(student, [mine for mine, _ in pairs]))
+            theirs = stack.enter_context(watched(network, [other for _, other in pairs]))  # type: ignore[arg-type]
+            found["features"] = [mine.module for mine, _ in pairs]
+        elif distill.cache and not distill.deterministic:
+            name = fingerprint(source)
+            name = f"{name} {precision} {device.type}" if name else ""
+            ask = Remembered(ask, batch, wanted, name, outputs_folder(), _batches_of_an_epoch(task))
+            stack.callback(lambda: found.update(teacher_batches=ask.close()))
+        projected = projections(pairs, device, distill.seed) if distill.features == "hints" else {}
 
-    Example:
-        >>> import torch
-        >>> round(float(output_distillation(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))), 4) > 0
-        True
-    """
-    pairs = zip(_floats(student), _floats(teacher), strict=True)
-    terms = [(a.float() - b.float()).square().mean() / b.float().var(correction=0).clamp_min(1e-6) for a, b in pairs]
-    return torch.stack(terms).mean()
+        def imitation(outputs: Any, inputs: tuple[Tensor, ...], targets: Any, part: float) -> Tensor:
+            wanted = ask(inputs)
+            total = part * look(outputs, wanted, inputs, targets)
+            if pairs:
+                total = total + weight * compared(distill.features, pairs, seen, _normal(theirs), projected)
+            return total
+
+        yield _Lesson(imitation, pairs, projected, found)
 
 
-def output_distance(student: Any, teacher: Any) -> Tensor:
-    """How far two networks' outputs are apart, without labels.
-
-    Of one tensor of logits ``[N, C]``: the Kullback-Leibler divergence of the probabilities; of anything else:
-    `output_distillation`.
-
-    Example:
-        >>> import torch
-        >>> float(output_distance(torch.eye(3), torch.eye(3)))
-        0.0
-    """
-    ours, theirs = _floats(student), _floats(teacher)
-    if len(ours) == 1 and ours[0].dim() == 2 and ours[0].shape[1] > 1:
-        return logit_distillation(ours[0], theirs[0], 1.0)
-    return output_distillation(student, teacher)
+def _batches_of_an_epoch(task: Task) -> int | None:
+    """Where it is known without reading them."""
+    source: Any = task.train_batches if task.train_batches is not None else task.calibration_batches
+    with contextlib.suppress(TypeError):  # a function, or a DataLoader over a stream
+        return len(source)
+    return None
 
 
-def _floats(outputs: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+def _asked(teacher: Teacher, precision: Precision, device: torch.device) -> Teacher:
+    """The teacher without gradients, its outputs as tensors that training may keep."""
+
+    def ask(inputs: tuple[Tensor, ...]) -> Any:
+        with torch.inference_mode(), precision.autocast(device):
+            outputs = teacher(inputs)
+        return _normal(outputs)
+
+    return ask
 
 
-def _only(outputs: Any) -> Tensor:
-    found = _floats(outputs)
-    if len(found) != 1 or found[0].dim() < 2:
+def _normal(outputs: Any) -> Any:
+    """Tensors of inference mode cannot be saved for a backward pass; their copies can."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, outputs)
+
+
+def _pairs(distill: Distill, student: Network, teacher: Network | None) -> list[tuple[Place, Place]]:
+    if teacher is None:
         raise RecipeError(
-            "The network's output is not one tensor of logits [N, C]: give the task a loss, and distillation follows all outputs."
+            f"Distill(features='{distill.features}') looks inside the teacher, and this one shows its outputs alone: give "
+            "a network, an ExportedProgram, a .pt2 file or a saved network, or take features: none."
         )
-    return found[0]
+    return matched(student, teacher, distill.layers, same_positions=distill.features in ("hints", "attention"))
+
+
+# ---- what is compared of the outputs
+
+Look = Callable[[Any, Any, tuple[Tensor, ...], Any], Tensor]
+"""The student's outputs, the teacher's, the inputs and the targets to the loss."""
+
+
+def _look(distill: Distill, student: Network, task: Task, outputs: Any) -> Look:
+    kind = distill.loss if distill.loss != "auto" else "logits" if task.loss is None else "outputs"
+    return _IMITATIONS[kind](distill, student, outputs)
+
+
+def _logits(distill: Distill, student: Network, outputs: Any) -> Look:
+    return lambda mine, theirs, inputs, targets: logit_distillation(only(mine), only(theirs), distill.temperature)
+
+
+def _decoupled(distill: Distill, student: Network, outputs: Any) -> Look:
+    if only(outputs).shape[1] < 2:
+        raise RecipeError("Distill(loss='decoupled') needs two classes or more along dim 1 of the network's output.")
+
+    def look(mine: Any, theirs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
+        a, b = only(mine), only(theirs)
+        given = isinstance(targets, Tensor) and targets.shape == a[:, 0].shape and not targets.is_floating_point()
+        classes = targets if given else b.argmax(1)
+        return decoupled_distillation(a, b, classes.long(), distill.temperature, distill.alpha, distill.beta)
+
+    return look
+
+
+def _tokens(distill: Distill, student: Network, outputs: Any) -> Look:
+    names = [node.name for node in student.module.graph.nodes if node.op == "placeholder"]
+    at = next((i for i, name in enumerate(names) if "attention_mask" in name), -1)
+
+    def look(mine: Any, theirs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
+        a, b = only(mine), only(theirs)
+        mask = inputs[at] if at >= 0 else targets != -100 if isinstance(targets, Tensor) else None
+        if mask is not None and mask.shape != a.shape[:-1]:
+            mask = None  # one label for the whole sequence, say
+        return token_distillation(a, b, mask, distill.temperature)
+
+    return look
+
+
+def _outputs(distill: Distill, student: Network, outputs: Any) -> Look:
+    return lambda mine, theirs, inputs, targets: output_distillation(mine, theirs)
+
+
+def _detection(distill: Distill, student: Network, outputs: Any) -> Look:
+    found = floats(outputs)
+    boxes = _port(distill.boxes, outputs, [i for i, x in enumerate(found) if x.shape[-1] == 4], "boxes")
+    scores = _port(distill.scores, outputs, [i for i in range(len(found)) if i != boxes and len(found) == 2], "scores")
+    if found[boxes].shape[:-1] != found[scores].shape[:-1] or found[boxes].dim() != 3:
+        shapes = f"{list(found[boxes].shape)} and {list(found[scores].shape)}"
+        raise RecipeError(f"Distill(loss='detection') needs boxes [N, A, 4] and scores [N, A, C], not {shapes}.")
+    classes = found[scores].shape[-1]
+    if distill.background is not None and not 0 <= distill.background < classes:
+        raise RecipeError(f"Distill(background={distill.background}) is none of the {classes} classes of the scores.")
+
+    def look(mine: Any, theirs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
+        a, b = floats(mine), floats(theirs)
+        return detection_distillation(a[boxes], a[scores], b[boxes], b[scores], distill.temperature, distill.background)
+
+    return look
+
+
+def _port(name: str, outputs: Any, candidates: list[int], what: str) -> int:
+    """Which of a network's outputs is meant, among its tensors of real numbers."""
+    found = floats(outputs)
+    if isinstance(outputs, Mapping) and name in outputs:
+        return next(i for i, x in enumerate(found) if x is outputs[name])
+    if name.isdigit() and int(name) < len(found):
+        return int(name)
+    if not name and len(candidates) == 1:
+        return candidates[0]
+    known = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else f"0 to {len(found) - 1}"
+    raise RecipeError(f"Distill(loss='detection') does not know which output holds the {what}: name it, {what}: one of {known}.")
+
+
+_IMITATIONS: dict[str, Callable[[Distill, Network, Any], Look]] = {
+    "logits": _logits,
+    "decoupled": _decoupled,
+    "tokens": _tokens,
+    "outputs": _outputs,
+    "detection": _detection,
+}

@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import FileError, TraceError, UserError
 from .modes import set_mode
+from .programs import check_program
 from .regions import inline_regions
 from .surgery import Plan
 from .task import misfit
@@ -275,6 +276,7 @@ class Network:
             described = json.loads((path / "network.json").read_text())
             weights = load_file(path / "weights.safetensors")
             _refuse_pickles(path / "program.pt2")
+            check_program(path / "program.pt2")
             with _quiet():
                 program = torch.export.load(path / "program.pt2")
         except FileError:

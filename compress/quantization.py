@@ -72,8 +72,9 @@ class Quantization:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it takes calibration data."""
-        return self.activations is not None and not self.dynamic
+        """Whether it takes calibration data, for some layer at least."""
+        own = self.activations is not None and not self.dynamic
+        return own or any(_known(precision).calibrated for precision in self.layers.values())
 
     def of(self, module: str, operator: str) -> Quantization:
         """What holds for one layer.

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from edgepress import __version__
 from edgepress.compress.errors import UserError
+from edgepress.compress.quantization import CALIBRATORS, PRECISIONS
 
 from . import commands
 from .commands import ACCEPTED, INTERRUPTED, OURS, YOURS
@@ -104,7 +105,7 @@ def _compress_arguments(command: argparse.ArgumentParser) -> None:
         help="points of the task's metric that may be lost (default: 1.0)",
     )
     command.add_argument("--format", type=_list, metavar="LIST", help="of onnx,tflite (default: the recipe's)")
-    command.add_argument("--precision", type=_list, metavar="LIST", help="of fp32,int8 (default: the recipe's)")
+    command.add_argument("--precision", type=_list, metavar="LIST", help=f"of {','.join(PRECISIONS)} (default: the recipe's)")
     _measuring_arguments(command)
 
 
@@ -112,8 +113,30 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="a task, or a folder with a network that edgepress saved")
     command.add_argument("file", help="what to write; the suffix, .onnx or .tflite, chooses the format")
     command.add_argument(
-        "--precision", choices=("fp32", "int8"), default="fp32", help="int8 needs a task with calibration_batches"
+        "--precision", choices=PRECISIONS, default="fp32", help="int8, int16x8 and w4a8 need a task with calibration_batches"
     )
+    command.add_argument(
+        "--calibrator", choices=CALIBRATORS, default="minmax", help="how ranges are taken from that data (default: minmax)"
+    )
+    command.add_argument(
+        "--layer",
+        type=_override,
+        action="append",
+        default=[],
+        metavar="PATTERN=PRECISION",
+        help="another precision for some modules or operators: 'head.*=fp32', 'op:softmax=fp32'; may be given again",
+    )
+
+
+def _sensitivity_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", help="a task with calibration_batches")
+    command.add_argument("--format", choices=("onnx", "tflite"), default="onnx", help="of the file (default: onnx)")
+    command.add_argument("--precision", choices=PRECISIONS, default="int8", help="of the file (default: int8)")
+    command.add_argument("--instead", choices=PRECISIONS, default="fp32", help="of the layer that is left (default: fp32)")
+    command.add_argument(
+        "--examples", type=_positive, default=64, metavar="N", help="to calibrate, and as many to look at (default: 64)"
+    )
+    command.add_argument("--clock", action="store_true", help="also measure what each layer takes longer in floats")
 
 
 def _bench_arguments(command: argparse.ArgumentParser) -> None:
@@ -172,6 +195,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _override(text: str) -> tuple[str, str]:
+    pattern, separator, precision = text.rpartition("=")
+    if not separator or not pattern or precision not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"'{text}' is not PATTERN=PRECISION, the precision one of {', '.join(PRECISIONS)}.")
+    return pattern, precision
+
+
 def _minutes(text: str) -> float:
     try:
         value = float(text)
@@ -199,6 +229,12 @@ _COMMANDS: dict[str, _Command] = {
         "write a task's network, as it is, into one file and check it",
         "edgepress export my_task.py:build net.tflite --precision int8",
         _export_arguments,
+    ),
+    "sensitivity": (
+        commands.sensitivity,
+        "show which layers lose what a quantized file loses",
+        "edgepress sensitivity my_task.py:build --format tflite",
+        _sensitivity_arguments,
     ),
     "bench": (
         commands.bench,

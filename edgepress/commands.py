@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -47,12 +48,14 @@ def compress(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """Write a task's network into one file and check it."""
+    from edgepress.compress.quantization import quantization
     from edgepress.targets.export import export
     from edgepress.targets.verify import verify
 
     network, task = _network(arguments.source)
     calibration = task.calibration_batches if task is not None else None
-    artifact = export(network, arguments.file, arguments.precision, calibration)
+    how = quantization(arguments.precision, calibrator=arguments.calibrator, layers=dict(arguments.layer))
+    artifact = export(network, arguments.file, how, calibration)
     parity = verify(artifact, network)
     if not parity.ok:
         artifact.path.unlink(missing_ok=True)
@@ -242,6 +245,34 @@ def inspect(arguments: argparse.Namespace) -> int:
         _print(inspect_table(found))
         if removable:
             print("Residual branches that Shorten can leave out: " + ", ".join(b.module for b in removable))
+    return ACCEPTED
+
+
+def sensitivity(arguments: argparse.Namespace) -> int:
+    """Show which layers lose what a quantized file loses."""
+    from dataclasses import asdict
+
+    import torch
+
+    from edgepress.compress.errors import UserError
+    from edgepress.compress.task import input_batches
+    from edgepress.targets.sensitivity import sensitivity as run
+
+    from .tables import sensitivity_table
+
+    network, task = _network(arguments.source)
+    if task is None or task.calibration_batches is None:
+        raise UserError("Layers are tried on calibration data: give a task with calibration_batches.")
+    taken = list(itertools.islice(input_batches(task.calibration_batches), 16))
+    examples = [torch.cat(column)[: 2 * arguments.examples] for column in zip(*taken, strict=True)]
+    half = max(1, len(examples[0]) // 2)
+    seen, shown = [tuple(x[:half] for x in examples)], [x[-half:].numpy() for x in examples]
+    suffix = f".{arguments.format}"
+    error, found = run(network, suffix, arguments.precision, seen, shown, instead=arguments.instead, clock=arguments.clock)
+    if arguments.json:
+        _print_json({"error": error, "layers": [asdict(entry) for entry in found]})
+    else:
+        _print(sensitivity_table(error, found))
     return ACCEPTED
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import sys
 import tempfile
 import time
@@ -30,10 +31,12 @@ from edgepress.targets.latency import LatencyTable
 from edgepress.targets.measure import Measurement, measure, noise_warning, ratio
 from edgepress.targets.profile import profile
 from edgepress.targets.runtimes import random_feeds
+from edgepress.targets.stats import Ratio
 from edgepress.targets.verify import Parity, verify
 
 from . import __version__
 from .recipe import Recipe, default_recipe
+from .repair import repaired, why_slow
 from .report import FileResult, Layer, Report, write
 from .tasks import load_task
 
@@ -91,6 +94,7 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
         candidates = _export_all({"original": original, "pressed": pressed}, task, recipe, folder, warnings)
     with clock.stage("judge the files"):
         judged = [found for candidate in candidates if (found := _run_file(candidate, task, judge, place, warnings)) is not None]
+        judged += _repaired_files(judged, candidates, task, recipe, judge, place, warnings)
     if not any(f.baseline for f in judged):
         raise FileError("None of the original's fp32 files works, so there is nothing to compare with: " + " ".join(warnings))
     with clock.stage("measure"), _dense_twins(judged, pressed, task, warnings) as twins:
@@ -197,6 +201,8 @@ class _Candidate:
     network: Network
     artifact: Artifact
     baseline: bool
+    repairs: str = ""
+    """What was done to a quantized file to hold its accuracy."""
 
 
 def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder: Path, warnings: list[str]) -> list[_Candidate]:
@@ -205,15 +211,13 @@ def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder
         networks = {"original": networks["original"]}
     found = []
     for stem, network in networks.items():
-        for precision in ("fp32", "int8"):
+        for precision in dict.fromkeys(("fp32", *recipe.precisions)):  # fp32 always: what the others are compared with
             baseline = stem == "original" and precision == "fp32"
-            if precision not in recipe.precisions and not baseline:
-                continue
             for suffix in recipe.formats:
                 path = folder / f"{stem}-{precision}.{suffix}"
                 _say("Writing {}.", path)
                 try:
-                    artifact = export(network, path, precision, task.calibration_batches)
+                    artifact = export(network, path, recipe.quantization(precision), task.calibration_batches)
                 except UserError as error:
                     path.unlink(missing_ok=True)
                     warnings.append(f"{path.name} was not delivered: {error}")
@@ -226,6 +230,7 @@ def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder
 class _Judged:
     artifact: Artifact
     baseline: bool
+    repairs: str
     parity: Parity
     metrics: dict[str, float]
     drop: float
@@ -251,7 +256,46 @@ def _run_file(candidate: _Candidate, task: Task, judge: _Judge, place: Device, w
         values, drop, deciding = judge.file(runtime.predict)
     finally:
         runtime.close()
-    return _Judged(artifact, candidate.baseline, parity, values, drop, deciding)
+    return _Judged(artifact, candidate.baseline, candidate.repairs, parity, values, drop, deciding)
+
+
+def _repaired_files(
+    judged: Sequence[_Judged],
+    candidates: Sequence[_Candidate],
+    task: Task,
+    recipe: Recipe,
+    judge: _Judge,
+    place: Device,
+    warnings: list[str],
+) -> list[_Judged]:
+    """For each quantized file that lost too much while its float twin did not: one that does not lose so much."""
+    found = []
+    drops = {f.artifact.path: f.deciding_drop for f in judged}
+    for candidate in candidates:
+        path, precision = candidate.artifact.path, candidate.artifact.precision
+        how = recipe.quantization(precision)
+        held = drops.get(_float_twin(candidate.artifact), math.inf) <= judge.max_drop
+        if path not in drops or not how.calibrated or drops[path] <= judge.max_drop or not held:
+            continue
+        _say("{} lost {:.2f} points: looking for what brings them back.", path.name, drops[path])
+        results: dict[str, _Judged | None] = {}
+
+        def holds(artifact: Artifact, network: Network = candidate.network, results: dict[str, Any] = results) -> bool:
+            made = _run_file(_Candidate(network, artifact, False), task, judge, place, warnings)
+            results["last"] = made
+            return made is not None and made.deciding_drop <= judge.max_drop
+
+        try:
+            made = repaired(candidate.network, path.with_stem(f"{path.stem}-repaired"), how, task, holds)
+        except UserError as error:
+            warnings.append(f"{path.name} could not be repaired: {error}")
+            continue
+        last = results.get("last")
+        if made is None or last is None:
+            warnings.append(f"Neither repairs nor layers in floats bring the accuracy of {path.name} back.")
+        else:
+            found.append(replace(last, artifact=made[0], repairs=made[1]))
+    return found
 
 
 def _tried(artifact: Artifact, place: Device) -> None:
@@ -303,8 +347,15 @@ class _Judge:
         decided = metrics(self.task, predict, validation=True)[self.task.metric]
         return values, drop, self.task.drop(self.deciding_reference, decided)
 
-    def verdict(self, found: _Judged, low: float, high: float) -> tuple[bool, str]:
-        """Whether the file is accepted, and the sentence that says why; ``low`` and ``high`` bound its speed-up."""
+    def verdict(self, found: _Judged, faster: Ratio, than_twin: Ratio | None, threads: int) -> tuple[bool, str]:
+        """Whether the file is accepted, and the sentence that says why.
+
+        Args:
+            found: the file.
+            faster: its speed-up against the baseline.
+            than_twin: against the same network in floats, where it is quantized.
+            threads: of the runtime.
+        """
         if found.baseline:
             return False, "the original, for comparison"
         over = found.deciding_drop - self.max_drop
@@ -312,11 +363,15 @@ class _Judge:
         where = " on the validation data" if self.task.validate is not None else ""
         if over > 1e-9:
             reasons.append(f"{self.task.metric} dropped {found.deciding_drop:.2f} points{where}, {over:.2f} over the budget")
-        if high < 1:
-            reasons.append(f"slower than the original ({high:.2f}x at best)")
+        if faster.high < 1:
+            reasons.append(f"slower than the original ({faster.high:.2f}x at best)")
+        if than_twin is not None and than_twin.high < 1:
+            why = why_slow(found.artifact, threads)
+            reasons.append(f"slower than its float twin ({than_twin.high:.2f}x at best{'; ' if why else ''}{why})")
         if reasons:
             return False, "rejected: " + "; ".join(reasons)
-        return True, "accepted" if low > 1 else "accepted, though not measurably faster than the original"
+        repairs = f" ({found.repairs})" if found.repairs else ""
+        return True, f"accepted{repairs}" + ("" if faster.low > 1 else ", though not measurably faster than the original")
 
 
 # ---- the report
@@ -336,9 +391,12 @@ def _report(
     pairs = list(zip(judged, measured, strict=True))
     base, base_time = min(((f, m) for f, m in pairs if f.baseline), key=lambda pair: pair[1].p50_ns)
     files = []
+    floats = {f.artifact.path: times for f, times in pairs if f.artifact.precision == "fp32"}
     for found, times in pairs:
         speedup = ratio(base_time, times)
-        accepted, verdict = judge.verdict(found, speedup.low, speedup.high)
+        float_twin = None if found.artifact.precision == "fp32" else floats.get(_float_twin(found.artifact))
+        than_twin = ratio(float_twin, times) if float_twin is not None else None
+        accepted, verdict = judge.verdict(found, speedup, than_twin, times.threads)
         twin = dense.get(found.artifact.path)
         files.append(
             FileResult(
@@ -373,6 +431,12 @@ def _report(
         seconds=clock.seconds,
         accepted=any(f.accepted for f in files),
     )
+
+
+def _float_twin(artifact: Artifact) -> Path:
+    """Where the same network stands in floats, in the same format."""
+    stem = artifact.path.stem.removesuffix("-repaired").removesuffix(artifact.precision)
+    return artifact.path.with_name(f"{stem}fp32{artifact.path.suffix}")
 
 
 def _layers(before: Network, after: Network) -> tuple[Layer, ...]:

@@ -8,6 +8,8 @@ passes:
 export:
   formats: [onnx, tflite]
   precisions: [fp32, int8]
+  calibrator: minmax
+  layers: {head.*: fp32}
 ```
 """
 
@@ -17,7 +19,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,28 @@ import yaml
 
 from edgepress.compress import pruning
 from edgepress.compress.distill import Distill
+from edgepress.compress.equalize import Equalize
 from edgepress.compress.errors import FileError, RecipeError
 from edgepress.compress.passes import Pass, describe
+from edgepress.compress.quantization import CALIBRATORS, PRECISIONS, Quantization, quantization
+from edgepress.compress.quantize import Quantize
+from edgepress.compress.rounding import Round
 from edgepress.compress.shorten import Shorten
 from edgepress.compress.sparsify import Sparsify
 from edgepress.targets.export import FORMATS as SUFFIXES
-from edgepress.targets.export import PRECISIONS
 
 __all__ = ["FORMATS", "Recipe", "default_recipe", "read_recipe"]
 
 FORMATS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
-_PASSES: dict[str, Any] = {"prune": pruning.Prune, "shorten": Shorten, "sparsify": Sparsify, "distill": Distill}
+_PASSES: dict[str, Any] = {
+    "prune": pruning.Prune,
+    "shorten": Shorten,
+    "sparsify": Sparsify,
+    "distill": Distill,
+    "equalize": Equalize,
+    "round": Round,
+    "quantize": Quantize,
+}
 _CRITERIA: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in (
@@ -60,7 +73,11 @@ class Recipe:
     Args:
         passes: run in this order; may be empty.
         formats: of the files, among 'onnx' and 'tflite'.
-        precisions: of the files, among 'fp32' and 'int8'.
+        precisions: of the files, see `edgepress.compress.quantization.PRECISIONS`.
+        calibrator: how the ranges of activations are taken from the calibration data: 'minmax', 'average', 'percentile', 'mse'
+            or 'entropy'.
+        layers: patterns of module names or operators to another precision of those in the quantized files, see
+            `Quantization`.
 
     Example:
         >>> from edgepress.compress.distill import Distill
@@ -70,21 +87,39 @@ class Recipe:
 
     passes: tuple[Pass, ...] = ()
     formats: tuple[str, ...] = FORMATS
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = ("fp32", "int8")
+    calibrator: str = "minmax"
+    layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for kind, chosen, known in (("format", self.formats, FORMATS), ("precision", self.precisions, PRECISIONS)):
+        kinds = (
+            ("format", self.formats, FORMATS),
+            ("precision", self.precisions, tuple(PRECISIONS)),
+            ("calibrator", (self.calibrator,), CALIBRATORS),
+        )
+        for kind, chosen, known in kinds:
             if not chosen:
                 raise RecipeError(f"The recipe names no {kind}: take some of {', '.join(known)}.")
             for item in chosen:
                 _known(item, known, kind)
+        for pattern, precision in self.layers.items():
+            _known(precision, tuple(PRECISIONS), f"precision (of {pattern})")
+
+    def quantization(self, precision: str) -> Quantization:
+        """What a file in a precision is written by."""
+        settings = {"calibrator": self.calibrator, "layers": dict(self.layers)} if precision != "fp32" else {}
+        return quantization(precision, **settings)
 
     def yaml(self) -> str:
         """The recipe as `read_recipe` reads it."""
         passes = []
         for item in self.passes:
             passes.append({type(item).__name__.lower(): _written(item)})
-        export = {"formats": list(self.formats), "precisions": list(self.precisions)}
+        export: dict[str, Any] = {"formats": list(self.formats), "precisions": list(self.precisions)}
+        if self.calibrator != "minmax":
+            export["calibrator"] = self.calibrator
+        if self.layers:
+            export["layers"] = dict(self.layers)
         return yaml.safe_dump({"passes": passes, "export": export}, sort_keys=False)
 
 
@@ -139,13 +174,17 @@ def _recipe(content: Any) -> Recipe:
         _known(key, ("passes", "export"), "key")
     export = content.get("export") or {}
     if not isinstance(export, Mapping):
-        raise RecipeError("export is a mapping with the keys formats and precisions.")
+        raise RecipeError("export is a mapping with the keys formats, precisions, calibrator and layers.")
     for key in export:
-        _known(key, ("formats", "precisions"), "key")
+        _known(key, ("formats", "precisions", "calibrator", "layers"), "key")
     passes = content.get("passes") or []
     if not isinstance(passes, Sequence) or isinstance(passes, str):
         raise RecipeError("passes is a list, one pass each.")
-    chosen = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in export.items()}
+    chosen: dict[str, Any] = dict(export)
+    for key in {"formats", "precisions"} & export.keys():
+        chosen[key] = tuple(export[key]) if isinstance(export[key], list) else (export[key],)
+    if not isinstance(chosen.get("layers", {}), Mapping):
+        raise RecipeError("layers is a mapping from patterns of module names to precisions.")
     return Recipe(tuple(_pass(item) for item in passes), **chosen)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgepress.targets.devices.count import InstructionCount
     from edgepress.targets.measure import Measurement
     from edgepress.targets.profile import Profile
+    from edgepress.targets.sensitivity import Sensitivity
     from edgepress.targets.stats import Ratio
 
     from .compare import Benched
@@ -186,6 +187,20 @@ def profile_table(found: Profile, by: str = "step", depth: int | None = None) ->
     ]
     caution = [Text(f"Warning: {found.caution}.", style="yellow")] if found.caution else []
     return Group(Text(head), Text(""), grid, Text(""), *sums, *caution, Text(found.method, style="dim"))
+
+
+def sensitivity_table(error: float, found: Sequence[Sensitivity]) -> RenderableType:
+    """What each layer, left in floats, takes off the error of a quantized file, the most first."""
+    from rich.console import Group
+    from rich.text import Text
+
+    clocked = any(entry.ns is not None for entry in found)
+    grid = _grid(("left in floats", "error", "gain", *(["µs"] if clocked else [])), words=("left in floats",))
+    for entry in found:
+        cells = [entry.module, f"{entry.error:.2e}", f"{entry.gain / error:+.1%}" if error else "–"]
+        grid.add_row(*map(Text, [*cells, f"{(entry.ns or 0.0) / 1e3:+.1f}"] if clocked else cells))
+    note = "Error: squared difference of the outputs from the network's, over their variance."
+    return Group(Text(f"All quantized: error {error:.2e}."), Text(""), grid, Text(""), Text(note, style="dim"))
 
 
 def _grid(heads: Sequence[str], words: Sequence[str]) -> Table:

@@ -26,20 +26,41 @@ def _digits() -> Task:
     return digits()
 
 
-def _resnet(depth: int) -> Task:
-    from edgepress.models.resnet_cifar import resnet_cifar10
+def _reference(module: str, function: str, *arguments: int, examples: int | None = None) -> Task:
+    build: Callable[..., Task] = getattr(importlib.import_module(f"edgepress.models.{module}"), function)
+    return build(*arguments, examples=examples)
 
-    return resnet_cifar10(depth)
 
-
-BUILT_IN: dict[str, tuple[str, Callable[[], Task]]] = {
-    "digits": ("small residual CNN on scikit-learn's digits, trained on the spot; needs nothing", _digits),
+_REFERENCES = {
     **{
-        f"resnet{depth}-cifar10": (f"trained ResNet-{depth} on CIFAR-10; needs EDGEPRESS_DATA", partial(_resnet, depth))
+        f"resnet{depth}-cifar10": (
+            f"trained ResNet-{depth} on CIFAR-10",
+            partial(_reference, "resnet_cifar", "resnet_cifar10", depth),
+        )
         for depth in (20, 32, 44, 56)
     },
+    "densenet40-cifar10": ("trained DenseNet-40-12 on CIFAR-10", partial(_reference, "densenet_cifar", "densenet40_cifar10")),
+    "mobilenetv1-imagenet": (
+        "trained MobileNetV1-0.75 on 1,000 ImageNet photos",
+        partial(_reference, "mobilenet", "mobilenetv1_imagenet"),
+    ),
+    "mlperf-resnet8": ("MLPerf Tiny's ResNet-8 on CIFAR-10", partial(_reference, "mlperf_tiny", "mlperf_resnet8")),
+    "mlperf-vww": ("MLPerf Tiny's MobileNetV1-0.25, people in sight", partial(_reference, "mlperf_tiny", "mlperf_vww")),
+    "mlperf-kws": ("MLPerf Tiny's DS-CNN, keywords", partial(_reference, "mlperf_tiny", "mlperf_kws")),
+    "mlperf-ad": ("MLPerf Tiny's autoencoder, strange machine sounds", partial(_reference, "mlperf_tiny", "mlperf_ad")),
+    "face-detector": ("trained face detector on 30 photos", partial(_reference, "face_detector", "face_detector")),
+    "spoken-digits": ("small LSTM on spoken digits, trained on the spot", partial(_reference, "spoken_digits", "spoken_digits")),
+    "sentiment": (
+        "small Transformer on film critics' sentences, trained on the spot",
+        partial(_reference, "sentiment", "sentiment"),
+    ),
 }
-"""Name to (what it is, how to build it)."""
+
+BUILT_IN: dict[str, tuple[str, Callable[..., Task]]] = {
+    "digits": ("small residual CNN on scikit-learn's digits, trained on the spot; needs nothing", _digits),
+    **{name: (f"{what}; needs EDGEPRESS_DATA", build) for name, (what, build) in _REFERENCES.items()},
+}
+"""Name to (what it is, how to build it); all but the digits take ``examples``, how many test examples judge."""
 
 
 def load_task(name: str) -> Task:

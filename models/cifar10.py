@@ -7,9 +7,9 @@ import io
 import pickle
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from edgepress.compress.task import Predict
 
 from .packs import read_pack
 
-__all__ = ["Cifar10"]
+__all__ = ["Cifar10", "RawCifar10"]
 
 _ARCHIVE = "cifar-10-python.tar.gz"
 _ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"  # as Keras checks it
@@ -41,7 +41,7 @@ class Cifar10:
     batch: int = 128
 
     @classmethod
-    def read(cls, folder: Path) -> Cifar10:
+    def read(cls, folder: Path) -> Self:
         """From ``cifar10.npz``, from the standard python archive or from its unpacked batches in ``folder``.
 
         Raises:
@@ -56,6 +56,10 @@ class Cifar10:
         pixels = [torch.from_numpy(np.asarray(p["data"], np.uint8).reshape(-1, 3, 32, 32)) for p in parts]
         classes = [torch.as_tensor(p["labels"], dtype=torch.int64) for p in parts]
         return cls(torch.cat(pixels[:5]), torch.cat(classes[:5]), pixels[5], classes[5])
+
+    def first(self, examples: int | None) -> Self:
+        """The same with the first so many test images only; with all where it is None."""
+        return replace(self, test_images=self.test_images[:examples], test_labels=self.test_labels[:examples])
 
     @staticmethod
     def inputs(images: Tensor) -> Tensor:
@@ -90,11 +94,20 @@ class Cifar10:
             yield self.inputs(images)
 
     def evaluate(self, predict: Predict) -> dict[str, float]:
-        """Top-1 accuracy in percent on the 10,000 test images."""
+        """Top-1 accuracy in percent on the test images."""
         right = 0
         for images, labels in zip(self.test_images.split(250), self.test_labels.split(250), strict=True):
             right += int((predict(self.inputs(images).numpy()).argmax(1) == labels.numpy()).sum())
         return {"accuracy": 100.0 * right / len(self.test_labels)}
+
+
+class RawCifar10(Cifar10):
+    """The same images for networks that take pixels from 0 to 255 as they are."""
+
+    @staticmethod
+    def inputs(images: Tensor) -> Tensor:
+        """uint8 ``[N, 3, 32, 32]`` as floats."""
+        return images.float()
 
 
 def _standard_batches(folder: Path) -> list[bytes]:

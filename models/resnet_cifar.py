@@ -78,11 +78,16 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def resnet_cifar10(depth: int) -> Task:
-    """The trained ResNet of that depth (20, 32, 44 or 56) on CIFAR-10, from the folder that ``EDGEPRESS_DATA`` names."""
+def resnet_cifar10(depth: int, examples: int | None = None) -> Task:
+    """The trained ResNet of that depth (20, 32, 44 or 56) on CIFAR-10, from the folder that ``EDGEPRESS_DATA`` names.
+
+    Args:
+        depth: layers.
+        examples: judge by the first so many test images only.
+    """
     model = CifarResNet(depth)
     model.load_state_dict(_weights(depth))
-    data = Cifar10.read(data_folder())
+    data = Cifar10.read(data_folder()).first(examples)
     return Task(
         model=model.eval(),
         example_inputs=data.inputs(data.test_images[:2]),

@@ -210,7 +210,7 @@ def _metadata(text: str | bytes | None) -> dict[str, Any]:
 
 
 def _is_word(value: object) -> bool:
-    return isinstance(value, str) and value.isalnum() and value.isascii() and len(value) <= 10
+    return isinstance(value, str) and value.isascii() and value.replace("-", "").isalnum() and len(value) <= 16
 
 
 def _precision(kinds: set[str]) -> str:

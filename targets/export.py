@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgepress.compress.errors import FileError, UserError
 from edgepress.compress.network import Network, export_program
+from edgepress.compress.quantization import Quantization, quantization
+from edgepress.compress.quantize import trained_ranges
 from edgepress.compress.task import Batches
 
 from .agent.pt2 import NOTES
 from .artifact import METADATA_KEY, Artifact, read_artifact
 from .calibration import pieces
+from .matching import deployed_ranges
 
-__all__ = ["FORMATS", "PRECISIONS", "export", "write_file"]
+__all__ = ["FORMATS", "export", "write_file", "writer"]
 
 FORMATS = (".onnx", ".tflite")
-PRECISIONS = ("fp32", "int8")
 
 # how the converters name an operator that they cannot write
 _OPERATOR = (
@@ -37,24 +40,29 @@ _OPERATOR = (
 
 
 def export(
-    network: Network, path: str | os.PathLike[str], precision: str = "fp32", calibration: Batches | None = None
+    network: Network,
+    path: str | os.PathLike[str],
+    precision: str | Quantization = "fp32",
+    calibration: Batches | None = None,
 ) -> Artifact:
     """Write an ``.onnx``, ``.tflite`` or ``.pt2`` file.
 
     An ONNX file has a dynamic batch and the network's layout. A TFLite file takes one example; its 4-D float inputs and
-    outputs have the channels last, integers are 32-bit, and those of an int8 file may be int8: `predict` of the runtime takes
-    and gives the network's own layout and real numbers for both. A ``.pt2`` file is ``torch.export.save``'s, for PyTorch itself
-    on a GPU; it holds no pickle, and is fp32.
+    outputs have the channels last, integers are 32-bit, and those of a quantized file may be integers: `predict` of the runtime
+    takes and gives the network's own layout and real numbers for both. A ``.pt2`` file is ``torch.export.save``'s, for PyTorch
+    itself on a GPU; it holds no pickle, and is fp32.
 
     Args:
-        network: what `trace` or a pass gave.
+        network: what `trace` or a pass gave. After `Quantize` the ranges that it trained are written.
         path: the file; an existing one is replaced, and only when the new one is whole.
-        precision: ``'fp32'`` or ``'int8'``.
-        calibration: typical unlabelled inputs, as in ``Task.calibration_batches``; int8 needs them. One batch is held at a
-            time. A few hundred examples are enough.
+        precision: one of `edgepress.compress.quantization.PRECISIONS` (``'fp32'``, ``'int8'``, ...), or a description
+            that says more: a calibrator, other precisions for some layers.
+        calibration: typical unlabelled inputs, as in ``Task.calibration_batches``; where activations are quantized
+            beforehand (int8, int16x8, w4a8) they are needed. One batch is held at a time. A few hundred examples are enough.
 
     Raises:
-        UserError: an unknown suffix or precision, or calibration data that is missing or does not fit.
+        UserError: an unknown suffix or precision, one that the format lacks, or calibration data that is missing or does
+            not fit.
         FileError: the folder cannot be written, or the converter refuses the network; the message names the operator
             where the converter does.
 
@@ -70,56 +78,124 @@ def export(
     path = Path(path)
     if path.suffix not in (*FORMATS, ".pt2"):
         raise UserError(f"{path.name} names no format that edgepress writes: end it in {' or '.join(FORMATS)}, or in .pt2.")
-    if precision not in PRECISIONS:
-        raise UserError(f"'{precision}' is no precision that edgepress writes: choose {' or '.join(PRECISIONS)}.")
-    if precision != "fp32" and path.suffix == ".pt2":
-        raise UserError(f"A .pt2 file is fp32, and its runtimes convert it (torch:bf16): {precision} needs .onnx or .tflite.")
-    if precision == "int8" and calibration is None:
-        raise UserError("int8 needs calibration data: pass calibration=, some batches of typical inputs.")
+    how = quantization(precision)
+    if how.name != "fp32" and path.suffix == ".pt2":
+        raise UserError(f"A .pt2 file is fp32, and its runtimes convert it (torch:bf16): {how.name} needs .onnx or .tflite.")
     _check_folder(path)
-    if precision == "int8" and calibration is not None:
+    if how.calibrated:
+        if calibration is None:
+            raise UserError(f"{how.name} needs calibration data: pass calibration=, some batches of typical inputs.")
         next(pieces(network, calibration, 1))  # a batch that does not fit is found out before minutes of work
-    make: Callable[..., bytes] = {".onnx": _onnx, ".tflite": _tflite, ".pt2": _pt2}[path.suffix]
-    with _explained(path.suffix, precision):
-        content = make(network, precision, calibration, _notes(network, precision))
+    content = writer(network, path.suffix, calibration, how.name)(how)
     write_file(path, content)
     return read_artifact(path)
 
 
-def _notes(network: Network, precision: str) -> dict[str, Any]:
+def writer(
+    network: Network, suffix: str, calibration: Batches | None = None, name: str = "fp32"
+) -> Callable[[Quantization], bytes]:
+    """Convert a network once, and write the file in as many precisions as are asked for.
+
+    Args:
+        network: as in `export`.
+        suffix: ``'.onnx'``, ``'.tflite'`` or ``'.pt2'``.
+        calibration: as in `export`.
+        name: the precision, for a message about what cannot be converted.
+
+    Returns:
+        A function from a description to a file's content.
+    """
+    make = {".onnx": _onnx, ".tflite": _tflite, ".pt2": _pt2}[suffix]
+    with _explained(suffix, name):
+        write = make(network, calibration)
+
+    def written(how: Quantization) -> bytes:
+        with _explained(suffix, how.name):
+            return write(how, _notes(network, how))
+
+    return written
+
+
+_Write = Callable[[Quantization, dict[str, Any]], bytes]
+
+
+def _notes(network: Network, how: Quantization) -> dict[str, Any]:
     version = importlib.metadata.version(METADATA_KEY)
-    return {"version": version, "precision": precision, "history": list(network.history)}
+    settings = {"calibrator": how.calibrator} if how.calibrated else {}
+    layers = {"layers": dict(how.layers)} if how.layers else {}
+    return {"version": version, "precision": how.name, **settings, **layers, "history": list(network.history)}
 
 
-def _onnx(network: Network, precision: str, calibration: Batches | None, notes: dict[str, Any]) -> bytes:
+def _onnx(network: Network, calibration: Batches | None) -> _Write:
+    import onnx
+
     from .onnx_file import annotate_onnx, onnx_model
+    from .onnx_tensors import onnx_tensors
+    from .quantize_onnx import quantize_onnx
 
-    model = onnx_model(network)
-    if precision == "int8" and calibration is not None:
-        from .quantize_onnx import PIECE, quantize_onnx
+    plain = onnx_model(network)
+    names = [value.name for value in plain.graph.input]
 
-        model = quantize_onnx(model, lambda: pieces(network, calibration, PIECE))
-    annotate_onnx(model, notes)
-    return bytes(model.SerializeToString())
+    def values(example: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        return onnx_tensors(plain)(dict(zip(names, example, strict=True)))
+
+    def write(how: Quantization, notes: dict[str, Any]) -> bytes:
+        if how.name == "fp32" and not how.layers:
+            model = onnx.ModelProto()
+            model.CopyFrom(plain)
+        else:
+            ranges = _trained(network, calibration, how, values)
+            model = quantize_onnx(plain, lambda: pieces(network, calibration or [], 1), how, ranges)
+        annotate_onnx(model, notes)
+        return bytes(model.SerializeToString())
+
+    return write
 
 
-def _tflite(network: Network, precision: str, calibration: Batches | None, notes: dict[str, Any]) -> bytes:
+def _tflite(network: Network, calibration: Batches | None) -> _Write:
+    from .quantize_tflite import feeds_of, quantize_tflite
     from .tflite_file import annotate_tflite, fed_ports, tflite_model
+    from .tflite_tensors import tflite_tensors
 
     content, layout = tflite_model(network)
-    content = annotate_tflite(content, layout)
-    if precision == "int8" and calibration is not None:
-        from .quantize_tflite import quantize_tflite
+    plain = annotate_tflite(content, layout)
+    ports = fed_ports(plain, layout)
 
-        content = quantize_tflite(content, fed_ports(content, layout), pieces(network, calibration, 1))
-    return annotate_tflite(content, layout, notes)
+    def values(example: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        return tflite_tensors(plain)(next(feeds_of(ports, [example])))
+
+    def write(how: Quantization, notes: dict[str, Any]) -> bytes:
+        if how.name == "fp32" and not how.layers:
+            return annotate_tflite(plain, layout, notes)
+        ranges = _trained(network, calibration, how, values)
+        examples = pieces(network, calibration, 1) if calibration is not None else None
+        return annotate_tflite(quantize_tflite(plain, ports, examples, how, ranges), layout, notes)
+
+    return write
 
 
-def _pt2(network: Network, precision: str, calibration: Batches | None, notes: dict[str, Any]) -> bytes:
+def _trained(
+    network: Network,
+    calibration: Batches | None,
+    how: Quantization,
+    values: Callable[[tuple[np.ndarray, ...]], dict[str, np.ndarray]],
+) -> dict[str, tuple[float, float]] | None:
+    """The ranges that quantization-aware training learned, by the file's tensors; None where it was not the last pass."""
+    if not how.calibrated or calibration is None or not trained_ranges(network):
+        return None
+    example = next(pieces(network, calibration, 1))
+    return deployed_ranges(network, example, values(example))
+
+
+def _pt2(network: Network, calibration: Batches | None) -> _Write:
     program, buffer = export_program(network), io.BytesIO()
     program._example_inputs = None  # they would be a pickle
-    torch.export.save(program, buffer, extra_files={NOTES: json.dumps(notes, default=str)})
-    return buffer.getvalue()
+
+    def write(how: Quantization, notes: dict[str, Any]) -> bytes:
+        torch.export.save(program, buffer, extra_files={NOTES: json.dumps(notes, default=str)})
+        return buffer.getvalue()
+
+    return write
 
 
 # ---- what can go wrong

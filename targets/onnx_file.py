@@ -6,6 +6,7 @@ import ast
 import json
 from typing import Any
 
+from edgepress.compress.fold import folded
 from edgepress.compress.network import Network, export_program
 
 from .artifact import METADATA_KEY
@@ -31,7 +32,7 @@ def onnx_model(network: Network) -> Any:
     """
     import torch
 
-    plain = Network(plain_lstms(network.copy().module), network.example_inputs)
+    plain = Network(plain_lstms(folded(network).module), network.example_inputs)  # a layer keeps its name if we fold
     program = export_program(plain)
     inputs, outputs = port_names(program)
     with silence():

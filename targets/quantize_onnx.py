@@ -1,126 +1,163 @@
-"""An fp32 ONNX model to int8 with NNCF, the way ONNX Runtime's CPU kernels run it fastest."""
+"""An fp32 ONNX model in the numbers of a `Quantization`, the way ONNX Runtime's CPU kernels run them fastest."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from .silence import silence
+from edgepress.compress.errors import UserError
+from edgepress.compress.quantization import PRECISIONS, Quantization
 
-__all__ = ["PIECE", "quantize_onnx"]
+from .onnx_graph import Graph, fold_constants, kind_of, module_of
+from .plan_onnx import plan
+from .saturation import safe_scales
+from .static_onnx import Range, measured, plan_apart, write_static
+from .weight_grid import scales_of
+from .weights_onnx import MICROSOFT, write_blocks, write_dynamic, write_halves
+
+__all__ = ["PIECE", "Pieces", "quantize_onnx", "quantized_tensors"]
 
 PIECE = 16
-"""Examples that NNCF sees at a time: it asks ONNX Runtime for every activation of them at once."""
+"""Examples in a piece of calibration data; fewer run at a time where their activations are large."""
 
-_ALL = 2**31 - 1
-_TELEMETRY = "openvino_telemetry"
+Pieces = Callable[[], Iterator[tuple[np.ndarray, ...]]]
 
 
-def quantize_onnx(model: Any, pieces: Callable[[], Iterator[tuple[np.ndarray, ...]]]) -> Any:
-    """Quantize weights per channel and activations per tensor to int8, from the ranges of the calibration data.
+def quantize_onnx(
+    model: Any,
+    pieces: Pieces | None,
+    how: Quantization = PRECISIONS["int8"],
+    ranges: Mapping[str, Range] | None = None,
+    *,
+    safe: bool = True,
+) -> Any:
+    """Write a model in other numbers.
 
-    NNCF's default quantizes the activations before a depthwise convolution per channel; ONNX Runtime 1.31 then fails at
-    run time or runs slower than in fp32, so per-tensor ranges are asked for. The preset 'mixed' makes activations
-    asymmetric, which costs ONNX Runtime nothing and uses the whole range of those that are not centred.
+    Static int8: weights are integers in [-127, 127] by ``max|w| / 127`` of each output channel, rounded half to even;
+    activations are uint8 with one scale for a tensor everywhere, which depthwise kernels and kernels on Arm need; biases are
+    int32 in steps of the input's scale times the weight's, shifted by what the rounding of the weights takes from the outputs
+    on average. Outputs of linear layers that nothing else computes with stay floats, and LSTMs are dynamic. ``w4a8`` is the same with weights in
+    [-7, 7], stored in 4 bits.
 
     Args:
         model: an fp32 ``onnx.ModelProto``; it is left as it was.
-        pieces: a function that gives the calibration examples from the start, as tuples of arrays ``[n, ...]``; NNCF reads
-            them more than once.
+        pieces: a function that gives the calibration examples from the start, as tuples of arrays ``[n, ...]``; what is not
+            static needs none.
+        how: the description.
+        ranges: (lowest, highest) by a tensor's name, from training for these numbers: they hold instead of calibrated ones,
+            and the biases stay as they were trained.
+        safe: scales of those output channels whose sums could leave 16 bits are made so much wider that they cannot; see
+            `edgepress.targets.saturation.safe_scales`.
 
     Returns:
-        A new ``onnx.ModelProto`` with QuantizeLinear and DequantizeLinear operators.
+        A new ``onnx.ModelProto``.
+
+    Raises:
+        UserError: ONNX Runtime's CPU kernels do not take these numbers, nothing in the network can be stored so, or
+            calibration data is missing.
+
+    Example:
+        >>> import torch
+        >>> from edgepress.compress.network import trace
+        >>> from edgepress.compress.quantization import quantization
+        >>> from edgepress.targets.onnx_file import onnx_model
+        >>> model = onnx_model(trace(torch.nn.Linear(4, 2), torch.zeros(1, 4)))
+        >>> small = quantize_onnx(model, lambda: iter([(np.ones((2, 4), np.float32),)]), quantization("int8"))
+        >>> sorted(node.op_type for node in small.graph.node)
+        ['DequantizeLinear', 'DequantizeLinear', 'DequantizeLinear', 'Gemm', 'QuantizeLinear']
     """
     import onnx
 
-    nncf = _nncf()
-    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
-
-    names = [value.name for value in model.graph.input]
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    with silence():
-        quantized = nncf.quantize(
-            copy,
-            nncf.Dataset(_Feeds(names, pieces)),
-            subset_size=_ALL,
-            preset=nncf.QuantizationPreset.MIXED,
-            advanced_parameters=AdvancedQuantizationParameters(
-                activations_quantization_params=QuantizationParameters(per_channel=False)
-            ),
+    graph = Graph(copy)
+    fold_constants(graph)
+    wanted = _wanted(graph, how)
+    done = _static(graph, model, pieces, how, wanted, ranges, safe)
+    done += [node.name for node in list(graph.nodes) if node.output[0] in wanted and _store(graph, node, wanted[node.output[0]])]
+    if not done and how.name != "fp32":
+        raise UserError(
+            f"Nothing in the network can be stored as {how.name} in a file for ONNX Runtime's CPU kernels: choose fp16 or fp32."
         )
-    return _unsigned(quantized)
+    if any(node.domain == MICROSOFT for node in graph.nodes) and all(o.domain != MICROSOFT for o in copy.opset_import):
+        copy.opset_import.add(domain=MICROSOFT, version=1)
+    return graph.finish()
 
 
-def _unsigned(model: Any) -> Any:
-    """Store every quantized activation as uint8: the same numbers, 128 further up.
+def quantized_tensors(model: Any, how: Quantization) -> list[str]:
+    """The activations that have a scale in a static file: those for which `quantize_onnx` asks for a range.
 
-    NNCF chooses uint8 behind a ReLU and int8 elsewhere. ONNX Runtime on Arm fuses no operator whose inputs and outputs differ in
-    that, and computes it in floats: of ResNet-20's 19 convolutions it ran 10 so, with nearly twice the instructions.
+    Args:
+        model: an fp32 ``onnx.ModelProto``.
+        how: the description.
+
+    Example:
+        >>> import torch
+        >>> from edgepress.compress.network import trace
+        >>> from edgepress.compress.quantization import quantization
+        >>> from edgepress.targets.onnx_file import onnx_model
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU())
+        >>> quantized_tensors(onnx_model(trace(net, torch.zeros(1, 1, 8, 8))), quantization("int8"))
+        ['input', 'output']
     """
-    from onnx import numpy_helper
-
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    signed = {
-        node.output[0]: node.input[2]
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and len(node.input) == 3 and _is_int8(constants.get(node.input[2]))
-    }
-    moved: dict[str, str] = {}
-    for node in model.graph.node:
-        for quantized in ({node.output[0]} if node.op_type == "QuantizeLinear" else set(node.input)) & signed.keys():
-            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-                continue
-            old = signed[quantized]
-            if old not in moved:
-                moved[old] = f"{old}_unsigned"
-                point = numpy_helper.to_array(constants[old]).astype(np.int16) + 128
-                model.graph.initializer.append(numpy_helper.from_array(point.astype(np.uint8), moved[old]))
-            node.input[2] = moved[old]
-    del model.graph.value_info[:]  # it may name the old types
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used or tensor.name not in moved]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return model
+    graph = Graph(model)
+    return plan(graph, _calibrated(_wanted(graph, how))).scaled
 
 
-def _is_int8(tensor: Any) -> bool:
-    import onnx
-
-    return tensor is not None and tensor.data_type == onnx.TensorProto.INT8
-
-
-class _Feeds:
-    """What NNCF iterates over: one dict of arrays at a time, from the start each time."""
-
-    def __init__(self, names: list[str], pieces: Callable[[], Iterator[tuple[np.ndarray, ...]]]):
-        self._names, self._pieces = names, pieces
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return (dict(zip(self._names, arrays, strict=True)) for arrays in self._pieces())
+def _wanted(graph: Graph, how: Quantization) -> dict[str, Quantization]:
+    """What holds for each node, by its first output."""
+    wanted = {node.output[0]: how.of(module_of(node), kind_of(graph, node)) for node in graph.nodes if node.output}
+    if any(each.activations is not None and each.activations.bits > 8 for each in wanted.values()):
+        raise UserError("ONNX Runtime's CPU kernels take no 16-bit activations: write int16x8 to a .tflite file, or choose int8.")
+    return wanted
 
 
-def _nncf() -> Any:
-    """Import NNCF with its telemetry off.
+def _calibrated(wanted: Mapping[str, Quantization]) -> set[str]:
+    return {name for name, each in wanted.items() if each.calibrated}
 
-    Importing it makes a client number in the home folder, and each call posts to Google Analytics. Without the package
-    openvino_telemetry NNCF does neither, so it finds none.
-    """
-    found = sys.modules.get(_TELEMETRY)
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # an import of it raises ImportError
-    try:
-        with silence():
-            import nncf
-            from nncf.telemetry import decorator, wrapper
-    finally:
-        if found is None:
-            del sys.modules[_TELEMETRY]
-        else:
-            sys.modules[_TELEMETRY] = found
-    if isinstance(wrapper.telemetry, wrapper.NNCFTelemetry):  # somebody imported it before us
-        wrapper.telemetry = decorator.telemetry = wrapper.NNCFTelemetryStub()
-    return nncf
+
+def _static(
+    graph: Graph,
+    model: Any,
+    pieces: Pieces | None,
+    how: Quantization,
+    wanted: Mapping[str, Quantization],
+    ranges: Mapping[str, Range] | None,
+    safe: bool,
+) -> list[str]:
+    """Calibrate and write what is static; the names of the layers."""
+    static = _calibrated(wanted)
+    first = plan(graph, static)
+    if not first.layers:
+        return []
+    missing = [name for name in first.scaled if name not in (ranges or {})]
+    means = {} if ranges is not None else {node.input[0]: 1 if node.op_type == "Conv" else -1 for node in first.layers}
+    found: tuple[dict[str, Range], dict[str, Any]] = ({}, {})
+    if missing or means:
+        if pieces is None:
+            raise UserError(f"{how.name} needs calibration data: some batches of typical inputs.")
+        found = measured(model, pieces, how.calibrator, missing, means)
+    every = {**found[0], **(ranges or {})}
+    chosen = plan_apart(graph, static, every)
+    bits = {node.output[0]: _bits(wanted[node.output[0]]) for node in chosen.layers}
+    layers = [node.name for node in chosen.layers]
+    rule = safe_scales if safe else lambda node, weight, axis, bits: scales_of(weight, axis, bits)
+    write_static(graph, chosen, (every, found[1]), bits, rule)
+    return layers
+
+
+def _bits(how: Quantization) -> int:
+    return how.weights.bits if how.weights else 8
+
+
+def _store(graph: Graph, node: Any, how: Quantization) -> bool:
+    """Write one node's weights where they are not static. A static LSTM kernel there is none: it is dynamic beside static layers."""
+    if how.weights is None or (how.calibrated and node.op_type != "LSTM"):
+        return False
+    if how.dynamic or how.calibrated:
+        return write_dynamic(graph, node)
+    if how.weights.kind != "int":
+        return write_halves(graph, node, how.weights.kind)
+    return isinstance(how.weights.per, int) and write_blocks(graph, node, how.weights.per)

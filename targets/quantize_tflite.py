@@ -1,61 +1,111 @@
-"""An fp32 TFLite model to int8 with ai-edge-quantizer: weights per channel, activations per tensor, int8 in and out."""
+"""An fp32 TFLite model into one with smaller numbers: ai-edge-quantizer writes it, by ranges of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from edgepress.compress.quantization import Quantization, quantization
+
 from .artifact import Port
 from .layout import stored
 from .silence import silence
+from .tflite_bias import corrected_biases
+from .tflite_recipe import Operator, activation_bits, tflite_operators, tflite_recipe
+from .tflite_scales import left_float
+from .tflite_tensors import activation_ranges, port_names, read_model
 
-__all__ = ["quantize_tflite", "widest"]
+__all__ = ["feeds_of", "quantize_tflite"]
+
+Ranges = Mapping[str, tuple[float, float]]
+
+_CORRECTED = 64  # most examples that biases are corrected with, and
+_CORRECTED_BYTES = 2**26  # most bytes of them
 
 
-def quantize_tflite(content: bytes, ports: tuple[Port, ...], pieces: Iterator[tuple[np.ndarray, ...]]) -> bytes:
-    """Quantize to int8; the range of an activation is that of all examples.
+def quantize_tflite(
+    content: bytes,
+    ports: Sequence[Port],
+    pieces: Iterable[tuple[np.ndarray, ...]] | None = None,
+    how: Quantization | None = None,
+    ranges: Ranges | None = None,
+    correct: bool = True,
+) -> bytes:
+    """Quantize a file as a description says.
 
-    ``Quantizer.calibrate`` makes a list of its data to count it, so the calibrator is fed one example at a time.
+    Weights are symmetric: of each channel, block or tensor the scale is the largest absolute value over 127 (7 in 4 bits), and
+    a weight the nearest multiple, halves to the even one. Biases are 32-bit integers (64 beside 16-bit activations). Operators
+    that LiteRT has no integer kernels for stay float, and so do concatenations that would put outputs of unlike ranges on
+    one scale. Inputs and outputs are integers where the operators beside all of them are.
 
     Args:
-        content: an fp32 flatbuffer that takes one example.
+        content: an fp32 flatbuffer that takes one example, annotated by `edgepress.targets.tflite_file.annotate_tflite`.
         ports: its inputs.
-        pieces: calibration examples in the network's layout, one in each piece.
-    """
-    with silence():
-        from ai_edge_quantizer import quantizer, recipe
-        from ai_edge_quantizer.calibrator import Calibrator
-        from ai_edge_quantizer.recipe_manager import RecipeManager
+        pieces: calibration examples in the network's layout, one in each piece; read once. None where nothing is calibrated.
+        how: the description; int8 where None.
+        ranges: (lowest, highest) of some tensors, as training learned them, instead of the calibration's.
+        correct: shift biases by what calibration examples show, see `corrected_biases`; only without `ranges`, as training has
+            done that already.
 
-    plan = recipe.static_wi8_ai8()
-    manager = RecipeManager()
-    with silence():
-        manager.load_quantization_recipe(plan)
-        calibrator = Calibrator(content, num_threads=1, qsv_update_func=widest)
-    key = next(iter(calibrator.get_signature_list()))
+    Raises:
+        UserError: bf16, which LiteRT has no kernels for.
+        RecipeError: numbers that LiteRT has no kernels for.
+    """
+    how = how or quantization("int8")
+    model = read_model(content)
+    operators = tflite_operators(model)
+    recipe = tflite_recipe(operators, how)
+    bits = activation_bits(operators, recipe)
+    found: dict[str, tuple[float, float]] = {}
+    kept: list[dict[str, np.ndarray]] = []
+    if any(bits):
+        examples = _watched(feeds_of(ports, pieces or ()), kept)
+        found = activation_ranges(content, examples, how.calibrator, 2 ** max(bits) - 1) | dict(ranges or {})
+        inputs, outputs = port_names(model)
+        left = left_float(operators, bits, found, outputs)
+        bits = [0 if number in left else n for number, n in enumerate(bits)]
+        recipe = tflite_recipe(operators, how, left, _integer_ports(operators, bits, how, (inputs, outputs)))
+    result = _quantized(content, recipe, found)
+    return corrected_biases(content, result, kept) if correct and kept and not ranges else result
+
+
+def feeds_of(ports: Sequence[Port], pieces: Iterable[tuple[np.ndarray, ...]]) -> Iterator[dict[str, np.ndarray]]:
+    """Examples in the network's layout as a file's signature takes them."""
     for piece in pieces:
-        feeds = {port.name: stored(value, port) for port, value in zip(ports, piece, strict=True)}
-        with silence():
-            calibrator.calibrate({key: [feeds]}, manager)
+        yield {port.name: stored(value, port) for port, value in zip(ports, piece, strict=True)}
+
+
+def _watched(feeds: Iterable[dict[str, np.ndarray]], kept: list[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """Pass examples on, and keep copies of the first few."""
+    left = _CORRECTED_BYTES
+    for example in feeds:
+        left -= sum(value.nbytes for value in example.values())
+        if not kept or (len(kept) < _CORRECTED and left >= 0):
+            kept.append({name: value.copy() for name, value in example.items()})
+        yield example
+
+
+def _integer_ports(
+    operators: Sequence[Operator], bits: Sequence[int], how: Quantization, ports: tuple[Collection[str], Collection[str]]
+) -> tuple[bool, bool]:
+    """Whether everything that reads an input, and everything that makes an output, computes in the description's integers."""
+    wanted = how.activations.bits if how.activations and how.calibrated else 0
+    inputs, outputs = ports
+    reading = [n for operator, n in zip(operators, bits, strict=True) if set(operator.inputs) & set(inputs)]
+    making = {name: n for operator, n in zip(operators, bits, strict=True) for name in operator.outputs}
+    return all(n == wanted for n in reading), all(making.get(name) == wanted for name in outputs)
+
+
+def _quantized(content: bytes, recipe: list[dict[str, Any]], ranges: Ranges) -> bytes:
     with silence():
-        worker = quantizer.Quantizer(content)
-        worker.load_quantization_recipe(plan)
-        result = worker.quantize(calibrator.get_model_qsvs()).quantized_model
-    return bytes(result)
+        from ai_edge_quantizer.quantizer import Quantizer
 
-
-def widest(ranges: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The range that holds all ranges so far and a new one.
-
-    The quantizer's own moving average forgets early examples and clips what is above average: of MobileNetV1's 84.8 % on 250
-    ImageNet images 76.0 % were left in int8, 79.2 % with the plain mean of the ranges, 85.2 % with the widest.
-
-    Example:
-        >>> widest({"min": 0.0, "max": 1.0}, {"min": -1.0, "max": 0.5})
-        {'min': np.float64(-1.0), 'max': np.float64(1.0)}
-    """
-    if not ranges:
-        return new
-    return {"min": np.minimum(ranges["min"], new["min"]), "max": np.maximum(ranges["max"], new["max"])}
+        worker = Quantizer(content, recipe)
+        values = {
+            name: {"min": np.float32(low), "max": np.float32(high)}
+            for name, (low, high) in ranges.items()
+            if np.isfinite(high - low)
+        }
+        return bytes(worker.quantize(values or None, enable_progress_report=False).quantized_model)

@@ -32,12 +32,12 @@ class Statistics:
         ((-1.0, 100.0), 1003)
     """
 
-    def __init__(self, bins: int = _BINS) -> None:
+    def __init__(self, bins: int = _BINS, *, histogram: bool = True) -> None:
         self.count = 0
         self.low, self.high = np.inf, -np.inf
         self._average: Range | None = None
         self._limit = 0.0
-        self._histogram = np.zeros(bins, np.int64)
+        self._histogram = np.zeros(bins if histogram else 0, np.int64)  # 'minmax' and 'average' need none
 
     def update(self, values: NDArray[np.floating]) -> None:
         """See some more values, of one example or of a small batch; NaN and infinity are left out."""
@@ -53,8 +53,8 @@ class Statistics:
         blend = _AVERAGE if old else 0.0
         self._average = tuple(blend * a + (1 - blend) * b for a, b in zip(old or (low, high), (low, high), strict=True))  # type: ignore[assignment]
         self._widen(max(-low, high))
-        if self._limit:
-            bins = len(self._histogram)
+        bins = len(self._histogram)
+        if self._limit and bins:
             at = ((flat[flat != 0] + self._limit) * (bins / (2 * self._limit))).astype(np.int64)
             self._histogram += np.bincount(np.clip(at, 0, bins - 1), minlength=bins)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from edgepress.compress.errors import FileError, TaskError, UserError
 from edgepress.compress.network import trace
+from edgepress.compress.quantization import quantization
 from edgepress.targets import export as export_module
 from edgepress.targets.artifact import METADATA_KEY, Port, read_artifact
 from edgepress.targets.calibration import pieces
@@ -388,7 +389,7 @@ def test_export_must_release_calibration_batches(suffix, tmp_path):
 def test_quantizers_must_release_calibration_pieces():
     network = perceptron()
     source = Watched(40, (1, 4))
-    quantize_onnx(onnx_model(network), lambda: ((array,) for array in source()))
+    quantize_onnx(onnx_model(network), lambda: ((array,) for array in source()), quantization("int8"))
     assert source.most <= 3
     content, layout = tflite_model(network)
     content = annotate_tflite(content, layout)
@@ -429,8 +430,8 @@ def test_export_must_refuse_calibration_data_that_does_not_fit(network, suffix, 
 def test_export_must_name_the_choices(network, tmp_path):
     with pytest.raises(UserError, match=r"end it in \.onnx or \.tflite"):
         export(network, tmp_path / "net.pt")
-    with pytest.raises(UserError, match="choose fp32 or int8"):
-        export(network, tmp_path / "net.onnx", "int4")
+    with pytest.raises(UserError, match="choose fp32 or fp16 or"):
+        export(network, tmp_path / "net.onnx", "int7")
     with pytest.raises(UserError, match="int8 needs calibration data"):
         export(network, tmp_path / "net.onnx", "int8")
 

@@ -31,7 +31,8 @@ _TARGET = re.compile(
     r"|torch\._?sym_\w+|math\.[a-z]\w*"
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|abs|eq|ne|lt|le|gt|ge|and_|or_|xor|not_|lshift|rshift)"
 )
-_EXPRESSION = re.compile(r"([A-Za-z]\w*|'[\w.]+'|\d+(\.\d+)?(e[+-]?\d+)?|\*\*|//|[-+*/%(),=<>]|\s)*")
+_LITERAL = re.compile(r"'[\w.]+'|\d+\.\d+(e[+-]?\d+)?")
+_SIGNS = re.compile(r"[\w\s*/%+\-(),=<>]*")  # no quotes and no dots: nothing is looked up in anything
 _WORDS = {
     "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Eq", "Ne", "Lt", "Le", "Gt",
     "Ge", "And", "Or", "Not", "Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan",
@@ -135,8 +136,9 @@ def _check_value(key: str, value: Any) -> None:
     if key in ("target", "as_operator") and isinstance(value, str) and not _TARGET.fullmatch(value):
         raise ValueError(f"its graph calls '{value[:80]}', which edgepress does not know as an operator")
     if key == "expr_str":
-        words = set(re.findall(r"(?<![\w'])[A-Za-z_]\w*", value)) - _WORDS
-        if not _EXPRESSION.fullmatch(value) or not all(re.fullmatch(r"z?[suf]+\d+", word) for word in words):
+        rest = _LITERAL.sub("0", value)
+        words = set(re.findall(r"(?<!\w)[A-Za-z_]\w*", rest)) - _WORDS
+        if not _SIGNS.fullmatch(rest) or not all(re.fullmatch(r"z?[suf]+\d+", word) for word in words):
             raise ValueError(f"a size in it is no plain expression: '{value[:80]}'")
     if key in ("in_spec", "out_spec") and isinstance(value, str):
         _check_spec(json.loads(value)[1])

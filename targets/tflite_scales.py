@@ -1,0 +1,82 @@
+"""Operators that would ruin numbers if they computed in integers: they stay float."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from .tflite_recipe import Operator
+
+__all__ = ["left_float"]
+
+_MOVERS = {
+    *("reshape", "transpose", "squeeze", "expand_dims", "slice", "strided_slice", "split", "split_v"),
+    *("gather", "gather_nd", "pack", "unpack", "concatenation"),
+}
+_MASKING = {"add", "sub", "select", "select_v2", "maximum", "minimum"}
+_LEVELS = 16  # fewer are left to an input: it has lost more than half of its bits
+
+
+def left_float(
+    operators: Sequence[Operator],
+    bits: Sequence[int],
+    ranges: Mapping[str, tuple[float, float]],
+    outputs: Collection[str],
+) -> set[int]:
+    """The operators that would ruin numbers if they computed in integers.
+
+    A detector that joins boxes of hundreds of pixels and scores below 1 in one tensor gives them one scale: of the scores
+    nothing is left. Such a concatenation stays float with what moves its result to an output; where the tensor is computed
+    with later, its reader needs that one scale anyway. And attention's masks add minus infinity, or minus a billion: no grid
+    has both that and the scores, so what makes or reads such a tensor stays float.
+
+    Args:
+        operators: of a file, in the order in which they run.
+        bits: what each computes with; 0 for floats.
+        ranges: of its tensors; infinite where a value was.
+        outputs: names of what the file gives.
+
+    Example:
+        >>> cat = Operator("concatenation", "head", "CONCATENATION", ("boxes", "scores"), ("found",))
+        >>> left_float([cat], [8], {"boxes": (0, 640), "scores": (0, 1), "found": (0, 640)}, ["found"])
+        {0}
+        >>> left_float([cat], [8], {"boxes": (0, 2), "scores": (0, 1), "found": (0, 2)}, ["found"])
+        set()
+    """
+    arrives = _arriving(operators, bits, outputs)
+    wide = {name for name, limits in ranges.items() if not np.isfinite(limits).all()}
+    left: set[int] = set()
+    moved: set[str] = set()
+    for number, operator in enumerate(operators):
+        inputs, moves = set(operator.inputs), operator.kind in _MOVERS
+        levels = _levels(operator, ranges, bits[number])
+        if (operator.kind in _MASKING and levels < 1) or (moves and inputs & wide):
+            wide.update(operator.outputs)
+        joins = operator.kind == "concatenation" and levels < _LEVELS
+        if moves and set(operator.outputs) & arrives and (joins or moved & inputs):
+            moved.update(operator.outputs)
+        if (inputs | set(operator.outputs)) & wide or set(operator.outputs) & moved:
+            left.add(number)
+    return {number for number in left if bits[number]}
+
+
+def _arriving(operators: Sequence[Operator], bits: Sequence[int], outputs: Collection[str]) -> set[str]:
+    """The tensors whose values come, moved at most, to an output or to an operator that computes in floats."""
+    found = set(outputs)
+    for number, operator in reversed(list(enumerate(operators))):
+        if not bits[number] or (operator.kind in _MOVERS and found & set(operator.outputs)):
+            found.update(operator.inputs)
+    return found
+
+
+def _levels(operator: Operator, ranges: Mapping[str, tuple[float, float]], bits: int) -> float:
+    """How many steps of the result's grid the narrowest input covers; infinite where there is none to tell by."""
+    widths = [_width(ranges[name]) for name in (*operator.outputs[:1], *operator.inputs) if name in ranges]
+    known = [width for width in widths[1:] if width > 0]
+    return min(known) / widths[0] * (2**bits - 1) if known and 0 < widths[0] < np.inf else np.inf
+
+
+def _width(limits: tuple[float, float]) -> float:
+    """Of a range, which is widened to hold zero."""
+    return max(limits[1], 0.0) - min(limits[0], 0.0)

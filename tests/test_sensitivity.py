@@ -1,0 +1,105 @@
+"""Layers that lose accuracy are found in the file, and left in floats only where that is what it takes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import edgepress as ep
+from edgepress.cli import main
+from edgepress.compress.errors import UserError
+from edgepress.compress.progress import silenced
+from edgepress.compress.quantization import quantization
+from edgepress.compress.task import Task
+from edgepress.targets.sensitivity import layers_of, sensitivity
+
+
+class Fragile(nn.Module):
+    """Its third layer has a large weight for a channel that is always 0: it takes the whole 8-bit grid for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fragile, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+        with torch.no_grad():
+            self.second.weight[0], self.second.bias[0] = 0.0, -1.0
+            self.fragile.weight[:, 0] = 3000.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(torch.relu(self.fragile(x)))
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    torch.manual_seed(0)
+    model, inputs = Fragile().eval(), torch.randn(400, 8)
+    with torch.no_grad():
+        outputs = model(inputs)
+        model.head.bias -= torch.tensor([0.0, float((outputs[:, 1] - outputs[:, 0]).median())])  # both classes occur
+        labels = model(inputs).argmax(1).numpy()
+
+    def evaluate(predict):
+        return {"accuracy": 100.0 * float(np.mean(predict(inputs.numpy()).argmax(1) == labels))}
+
+    return Task(model, inputs[:4], evaluate, "accuracy", calibration_batches=[inputs[:200]], name="fragile")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".tflite"])
+def test_the_layer_that_loses_the_accuracy_is_found(task, suffix):
+    network = ep.trace(task.model, task.inputs)
+    shown = [task.calibration_batches[0][:64].numpy()]
+    with silenced():
+        error, found = sensitivity(network, suffix, "int8", task.calibration_batches, shown)
+    assert found[0].module == "fragile"
+    assert found[0].gain > 0.9 * error
+    assert {entry.module for entry in found} == set(layers_of(network))
+
+
+def test_a_layer_that_is_not_there_is_refused_with_those_that_are(task):
+    with pytest.raises(UserError, match="it has first"):
+        sensitivity(ep.trace(task.model, task.inputs), ".onnx", "int8", task.calibration_batches, modules=["fragil"])
+
+
+def test_a_quantized_file_that_lost_too_much_is_followed_by_one_that_did_not(task, tmp_path):
+    recipe = ep.Recipe(formats=("onnx",), precisions=("int8",))
+    with silenced():
+        report = ep.press(task, recipe=recipe, out=tmp_path, max_drop=2.0)
+    files = {f.name: f for f in report.files}
+    assert set(files) == {"original-fp32.onnx", "original-int8.onnx", "original-int8-repaired.onnx"}
+    assert files["original-int8.onnx"].drop > 2.0
+    assert not files["original-int8.onnx"].accepted
+    repaired = files["original-int8-repaired.onnx"]
+    assert repaired.drop <= 2.0
+    if repaired.accepted:  # it is rejected where it is slower than the file in floats
+        assert repaired.verdict.startswith("accepted (")
+    notes = json.loads((tmp_path / "report.json").read_text())["files"]
+    assert {entry["path"] for entry in notes} == set(files)
+
+
+def test_leaving_a_layer_in_floats_is_written_into_the_file(task, tmp_path):
+    network = ep.trace(task.model, task.inputs)
+    kinds = {}
+    for name, layers in {"all": {}, "some": {"fragile": "fp32"}}.items():
+        how = quantization("int8", layers=layers)
+        ep.export(network, tmp_path / f"{name}.onnx", how, task.calibration_batches)
+        import onnx
+
+        graph = onnx.load(tmp_path / f"{name}.onnx").graph
+        kinds[name] = sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in graph.initializer)
+    assert kinds == {"all": 4, "some": 3}
+
+
+def test_the_command_prints_a_table_and_json(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("edgepress.commands._network", lambda source: (ep.trace(task.model, task.inputs), task))
+    with silenced():
+        assert main(["sensitivity", "fragile", "--examples", "32", "--clock"]) == 0
+        table = capsys.readouterr().out
+        assert main(["sensitivity", "fragile", "--examples", "32", "--json"]) == 0
+    assert "left in floats" in table
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"][0]["module"] == "fragile"
+    assert found["layers"][0]["ns"] is None
