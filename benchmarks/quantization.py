@@ -341,6 +341,7 @@ def show(result: dict[str, Any]) -> None:
         print(
             f"{name:<26} {row['scores'][metric]:>6.2f} {agrees:>6} {row['bytes'] / 1e3:>6.0f} {row['p50_ms']:>8.3f} {speed:<18} "
             f"{row['seconds']:>6.1f} {row['cpu_seconds']:>6.1f} {row['peak_bytes'] / 1e6:>6.0f} {row['idle_bytes'] / 1e6:>5.0f}"
+            + "".join(f"  {k} {v:.2f}" for k, v in row["scores"].items() if k != metric)
         )
     if result["noise"]:
         print(result["noise"])

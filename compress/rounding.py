@@ -61,7 +61,7 @@ class Round:
     def __call__(self, network: Network, task: Task) -> Network:
         """Return the rounded network in evaluation mode; ``network`` stays as it was."""
         rounded = folded(network)
-        chosen = {}
+        chosen: dict[torch.fx.Node, str] = {}
         for node in rounded.module.graph.nodes:
             weight = node.args[1] if kind(node) in LAYERS else None
             if isinstance(weight, torch.fx.Node) and weight.op == "get_attr" and str(weight.target) not in chosen.values():

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from edgepress.compress.distill import Distill as Distill
+    from edgepress.compress.equalize import Equalize as Equalize
     from edgepress.compress.errors import DeviceError as DeviceError
     from edgepress.compress.errors import EdgepressError as EdgepressError
     from edgepress.compress.errors import FileError as FileError
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from edgepress.compress.pruning import Random as Random
     from edgepress.compress.pruning import Taylor as Taylor
     from edgepress.compress.pruning import inspect as inspect
+    from edgepress.compress.quantization import Quantization as Quantization
+    from edgepress.compress.quantization import quantization as quantization
+    from edgepress.compress.quantize import Quantize as Quantize
+    from edgepress.compress.quantize import fake_quantized as fake_quantized
+    from edgepress.compress.rounding import Round as Round
     from edgepress.compress.shorten import Shorten as Shorten
     from edgepress.compress.sparsify import Sparsify as Sparsify
     from edgepress.compress.surgery import transplant as transplant
@@ -54,6 +60,7 @@ if TYPE_CHECKING:
     from edgepress.targets.microcontroller import write_c_array as write_c_array
     from edgepress.targets.profile import profile as profile
     from edgepress.targets.runtimes import open_runtime as open_runtime
+    from edgepress.targets.sensitivity import sensitivity as sensitivity
     from edgepress.targets.verify import Parity as Parity
     from edgepress.targets.verify import verify as verify
 
@@ -67,6 +74,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "Distill": "compress.distill",
+    "Equalize": "compress.equalize",
     "DeviceError": "compress.errors",
     "EdgepressError": "compress.errors",
     "FileError": "compress.errors",
@@ -87,6 +95,11 @@ _NAMES = {
     "Random": "compress.pruning",
     "Taylor": "compress.pruning",
     "inspect": "compress.pruning",
+    "Quantization": "compress.quantization",
+    "quantization": "compress.quantization",
+    "Quantize": "compress.quantize",
+    "fake_quantized": "compress.quantize",
+    "Round": "compress.rounding",
     "Shorten": "compress.shorten",
     "Sparsify": "compress.sparsify",
     "transplant": "compress.surgery",
@@ -105,6 +118,7 @@ _NAMES = {
     "check_microcontroller": "targets.microcontroller",
     "write_c_array": "targets.microcontroller",
     "open_runtime": "targets.runtimes",
+    "sensitivity": "targets.sensitivity",
     "Parity": "targets.verify",
     "verify": "targets.verify",
     "bench": "compare",

@@ -104,6 +104,9 @@ def _compress_arguments(command: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="points of the task's metric that may be lost (default: 1.0)",
     )
+    command.add_argument(
+        "--time-budget", type=_duration, metavar="TIME", help="for all training together: 20m, 1h (default: the recipe's epochs)"
+    )
     command.add_argument("--format", type=_list, metavar="LIST", help="of onnx,tflite (default: the recipe's)")
     command.add_argument("--precision", type=_list, metavar="LIST", help=f"of {','.join(PRECISIONS)} (default: the recipe's)")
     _measuring_arguments(command)
@@ -210,6 +213,16 @@ def _minutes(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of minutes above 0.")
     return value
+
+
+def _duration(text: str) -> float:
+    """Minutes of '90s', '20m', '1.5h'; a plain number is minutes."""
+    units = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        return _minutes(number) * unit
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no time above 0: write 90s, 20m or 1.5h.") from None
 
 
 def _list(text: str) -> list[str]:

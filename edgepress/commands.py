@@ -24,16 +24,19 @@ ACCEPTED, OURS, YOURS, OVER_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
 
 def compress(arguments: argparse.Namespace) -> int:
     """Prune, distil, quantize, export, check and measure; exit 3 where no file met the budget."""
+    from dataclasses import replace
+
     from .pipeline import press
     from .recipe import default_recipe, read_recipe
     from .report import table, to_json
 
     recipe = read_recipe(arguments.recipe) if arguments.recipe else default_recipe()
-    changes = {k: tuple(v) for k, v in (("formats", arguments.format), ("precisions", arguments.precision)) if v}
-    if changes:
-        from dataclasses import replace
-
-        recipe = replace(recipe, **changes)
+    formats, precisions = (
+        tuple(chosen) for chosen in (arguments.format or recipe.formats, arguments.precision or recipe.precisions)
+    )
+    recipe = replace(recipe, formats=formats, precisions=precisions)
+    if arguments.time_budget is not None:
+        recipe = recipe.within(arguments.time_budget)
     out = Path(arguments.out) if arguments.out else None
     report = press(
         arguments.task, device=arguments.device, max_drop=arguments.max_drop, out=out, recipe=recipe, threads=arguments.threads

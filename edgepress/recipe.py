@@ -19,7 +19,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from edgepress.compress.passes import Pass, describe
 from edgepress.compress.quantization import CALIBRATORS, PRECISIONS, Quantization, quantization
 from edgepress.compress.quantize import Quantize
 from edgepress.compress.rounding import Round
+from edgepress.compress.schedule import Schedule
 from edgepress.compress.shorten import Shorten
 from edgepress.compress.sparsify import Sparsify
 from edgepress.targets.export import FORMATS as SUFFIXES
@@ -110,6 +111,19 @@ class Recipe:
         settings = {"calibrator": self.calibrator, "layers": dict(self.layers)} if precision != "fp32" else {}
         return quantization(precision, **settings)
 
+    def within(self, minutes: float) -> Recipe:
+        """The same recipe with its training in so many minutes, shared out by the epochs that each pass would train.
+
+        Example:
+            >>> from edgepress.compress.distill import Distill
+            >>> [p.minutes for p in Recipe((Distill(epochs=1), Distill(epochs=3))).within(20).passes]
+            [5.0, 15.0]
+        """
+        if not 0 < minutes < float("inf"):
+            raise RecipeError(f"A time budget of {minutes:g} minutes makes no sense: it is above 0.")
+        epochs = sum(_epochs(item) for item in self.passes)
+        return replace(self, passes=tuple(_within(item, minutes / epochs) if _epochs(item) else item for item in self.passes))
+
     def yaml(self) -> str:
         """The recipe as `read_recipe` reads it."""
         passes = []
@@ -121,6 +135,20 @@ class Recipe:
         if self.layers:
             export["layers"] = dict(self.layers)
         return yaml.safe_dump({"passes": passes, "export": export}, sort_keys=False)
+
+
+def _epochs(item: Pass) -> float:
+    """Epochs of training in a pass."""
+    if isinstance(item, pruning.Prune) and item.recover is not None:
+        return item.rounds * item.recover.epochs
+    return item.epochs if isinstance(item, Schedule) else 0.0
+
+
+def _within(item: Any, minutes: float) -> Any:
+    """A pass that trains for so many minutes an epoch."""
+    if isinstance(item, pruning.Prune) and item.recover is not None:
+        return replace(item, recover=replace(item.recover, minutes=minutes * item.recover.epochs))
+    return replace(item, minutes=minutes * item.epochs)
 
 
 def _written(item: Any) -> dict[str, Any]:

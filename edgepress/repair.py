@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from edgepress.compress.equalize import Equalize
 from edgepress.compress.errors import RecipeError, UserError
 from edgepress.compress.network import Network
 from edgepress.compress.progress import bar
-from edgepress.compress.quantization import CALIBRATORS, Quantization
+from edgepress.compress.quantization import Calibrator, Quantization
 from edgepress.compress.quantize import trained_ranges
 from edgepress.compress.rounding import Round
 from edgepress.compress.task import Batches, Task, input_batches
@@ -144,12 +145,19 @@ def _repairs(network: Network, how: Quantization, task: Task) -> Iterator[tuple[
     """(kind, in words, what it does), one after the other on what helped before; of one kind the last that helped holds."""
     if trained_ranges(network):
         return  # training has chosen weights and ranges
+
+    def calibrated(calibrator: Calibrator) -> _Make:
+        return lambda network, how: (network, replace(how, calibrator=calibrator))
+
+    def equalized(method: Literal["weights", "activations"]) -> _Make:
+        return lambda network, how: (Equalize(method)(network, task), how)
+
     if how.calibrated:
-        for name in CALIBRATORS:
+        for name in get_args(Calibrator):
             if name != how.calibrator:
-                yield "ranges", f"ranges by {name}", lambda n, h, name=name: (n, replace(h, calibrator=name))
-    for method in ("weights", "activations"):
-        yield f"equal {method}", f"{method} equalized", lambda n, h, method=method: (Equalize(method)(n, task), h)
+                yield "ranges", f"ranges by {name}", calibrated(name)
+    yield "equal weights", "weights equalized", equalized("weights")
+    yield "equal activations", "activations equalized", equalized("activations")
 
 
 def why_slow(artifact: Artifact, threads: int = 1) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,16 @@ def export(
         if calibration is None:
             raise UserError(f"{how.name} needs calibration data: pass calibration=, some batches of typical inputs.")
         next(pieces(network, calibration, 1))  # a batch that does not fit is found out before minutes of work
-    content = writer(network, path.suffix, calibration, how.name)(how)
+    content = writer(network, path.suffix, calibration, how.name)(_as_trained(network, how))
     write_file(path, content)
     return read_artifact(path)
+
+
+def _as_trained(network: Network, how: Quantization) -> Quantization:
+    """With the layers in other precisions that training left so, where nothing else is asked for."""
+    if not trained_ranges(network) or how.layers or network.history[-1]["precision"] != how.name:
+        return how
+    return replace(how, layers=network.history[-1].get("layers") or {})
 
 
 def writer(

@@ -2,7 +2,8 @@
 
 ONNX Runtime rewrites a graph as it loads it: convolutions work on channels in blocks, and what stands beside them is put into
 blocks and out again. So a layer is timed where it usually stands, behind a convolution and in front of one. int8 models
-have the form that NNCF gives them. Weights are noise: how long a kernel takes does not depend on them.
+have the form that `edgepress.targets.quantize_onnx` gives them. Weights are noise: how long a kernel takes does not depend on
+them.
 """
 
 from __future__ import annotations

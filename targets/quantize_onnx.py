@@ -38,8 +38,8 @@ def quantize_onnx(
     Static int8: weights are integers in [-127, 127] by ``max|w| / 127`` of each output channel, rounded half to even;
     activations are uint8 with one scale for a tensor everywhere, which depthwise kernels and kernels on Arm need; biases are
     int32 in steps of the input's scale times the weight's, shifted by what the rounding of the weights takes from the outputs
-    on average. Outputs of linear layers that nothing else computes with stay floats, and LSTMs are dynamic. ``w4a8`` is the same with weights in
-    [-7, 7], stored in 4 bits.
+    on average. Outputs of linear layers that nothing else computes with stay floats, and LSTMs are dynamic. ``w4a8`` is the
+    same with weights in [-7, 7], stored in 4 bits.
 
     Args:
         model: an fp32 ``onnx.ModelProto``; it is left as it was.
@@ -153,7 +153,7 @@ def _bits(how: Quantization) -> int:
 
 
 def _store(graph: Graph, node: Any, how: Quantization) -> bool:
-    """Write one node's weights where they are not static. A static LSTM kernel there is none: it is dynamic beside static layers."""
+    """Write one node's weights where they are not static. There is no static LSTM kernel: it is dynamic beside static layers."""
     if how.weights is None or (how.calibrated and node.op_type != "LSTM"):
         return False
     if how.dynamic or how.calibrated:

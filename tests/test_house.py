@@ -48,6 +48,7 @@ def test_public_names_are_these():
         *("Task", "Network", "trace", "load_task"),
         *("Taylor", "Fisher", "Activation", "OBD", "Magnitude", "Lamp", "BatchNormScale", "GeometricMedian", "Random"),
         *("Prune", "LatencyTable", "inspect", "Shorten", "Sparsify", "Distill", "transplant"),
+        *("Quantization", "quantization", "Quantize", "fake_quantized", "Equalize", "Round", "sensitivity"),
         *("Artifact", "read_artifact", "export", "open_runtime", "Parity", "verify"),
         *("Measurement", "Plan", "measure", "ratio", "bench", "find_device"),
         *("count_instructions", "profile", "check_microcontroller", "write_c_array"),

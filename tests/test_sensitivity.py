@@ -23,7 +23,8 @@ class Fragile(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.fragile, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.fragile, self.head = nn.Linear(16, 16), nn.Linear(16, 2)
         with torch.no_grad():
             self.second.weight[0], self.second.bias[0] = 0.0, -1.0
             self.fragile.weight[:, 0] = 3000.0

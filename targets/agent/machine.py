@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PACKAGES = ("edgepress", "onnxruntime", "onnxruntime-gpu", "ai-edge-litert", "tflite-runtime", "tensorflow", "torch", "numpy",
-             "onnx", "litert-torch", "ai-edge-quantizer", "nncf")  # fmt: skip
+             "onnx", "litert-torch", "ai-edge-quantizer")  # fmt: skip
 _SYS = Path("/sys")
 _FEATURES = (
     # what decides which kernels a runtime picks: x86 first, then Arm
