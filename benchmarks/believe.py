@@ -29,7 +29,8 @@ import torch
 from torch import nn
 
 import edgepress as ep
-from edgepress.targets.devices import Job
+from edgepress.targets.agent import sessions
+from edgepress.targets.agent.turns import Turn, interleave
 from edgepress.targets.devices.local import Local
 from edgepress.targets.runtimes import random_feeds
 
@@ -91,17 +92,17 @@ def network(path: Path) -> ep.Artifact:
     return ep.export(ep.trace(nn.Sequential(*layers).eval(), torch.randn(1, 16, 32, 32)), path)
 
 
-def beside(artifact: ep.Artifact, turns: int = 30) -> dict[str, float]:
-    """Our median and that of a plain loop, taking turns: each time a fresh measurement of ours and a fresh loop."""
+def beside(artifact: ep.Artifact, turns: int = 60) -> dict[str, float]:
+    """Our median and that of a plain loop, taking turns in this process: what measures on a device is loaded here."""
     feeds = random_feeds(artifact)
     ours, theirs = [], []
-    loop = LOOPS[artifact.format](artifact, feeds)
-    place = Local()
+    loop, session = LOOPS[artifact.format](artifact, feeds), sessions.load(str(artifact.path))
+    plan = vars(ep.Plan(rounds=5, min_round_s=0.02, warmup_s=0.05))
     for _ in range(turns):
-        outcomes, _seen = place.measure([Job(artifact, feeds)], 1, {**vars(ep.Plan(rounds=5, min_round_s=0.02, warmup_s=0.05))})
-        ours += [sample for samples in outcomes[0].samples_ns for sample in samples]  # type: ignore[union-attr]
+        turn = Turn(session, feeds)
+        interleave([turn], plan)
+        ours += [sample for samples in turn.rounds for sample in samples]
         theirs += timed(loop)
-    place.close()
     a, b = statistics.median(ours), statistics.median(theirs)
     return {"ours_us": a / 1e3, "theirs_us": b / 1e3, "apart": a / b - 1}
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .distributed import join
 from .errors import RecipeError
 from .features import FEATURES, Features, Place, compared, matched, projections, watched
 from .losses import (
@@ -128,7 +127,7 @@ class Distill(Schedule):
     def _fastest(self, student: Network, inputs: tuple[Tensor, ...]) -> Precision:
         if self.deterministic:
             return Precision()
-        return join(student.device).agree(lambda: fastest_precision(student, inputs))
+        return fastest_precision(student, inputs)
 
     def _described(self) -> dict[str, Any]:
         """The configuration; of the teacher, the file that it came from."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,29 +12,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from edgepress.compress.distill import Distill
-from edgepress.compress.errors import EdgepressError, FileError, RecipeError, UserError
+from edgepress.compress.distributed import join
+from edgepress.compress.errors import FileError, RecipeError, UserError
 from edgepress.compress.network import Network, trace
-from edgepress.compress.passes import Pass, describe
-from edgepress.compress.pruning import Prune
+from edgepress.compress.progress import silenced
+from edgepress.compress.quantization import PRECISIONS
 from edgepress.compress.sparsify import dense_twin
 from edgepress.compress.task import Predict, Task, metrics
 from edgepress.targets.artifact import Artifact, deflated_bytes
 from edgepress.targets.devices import Device, Failed, Job, find_device
 from edgepress.targets.export import export
-from edgepress.targets.latency import LatencyTable
+from edgepress.targets.kernels import expected_speed
 from edgepress.targets.measure import Measurement, measure, noise_warning, ratio
 from edgepress.targets.profile import profile
 from edgepress.targets.runtimes import random_feeds
 from edgepress.targets.stats import Ratio
 from edgepress.targets.verify import Parity, verify
 
-from . import __version__
 from .recipe import Recipe, default_recipe
 from .repair import repaired, why_slow
 from .report import FileResult, Layer, Report, write
+from .running import run_passes, say
 from .tasks import load_task
 
 __all__ = ["press"]
@@ -57,6 +52,8 @@ def press(
     Runs the recipe, exports the original and the result in every format and precision that the recipe names, runs every
     file, judges it by the task's metric, measures all in one interleaved run, and writes the files, ``recipe.yaml``,
     ``report.json`` and ``report.html`` into ``out``. Interrupted, the same call goes on after the last finished pass.
+    Under ``torchrun`` the passes that train are shared by its processes; the first one alone writes, measures and returns, the
+    others end when the passes are done.
 
     Args:
         task: the task, or its name as on the command line.
@@ -83,11 +80,15 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
     clock = _Clock()
     with clock.stage("trace"):
         original = trace(task.model, task.inputs)
+    if not join(original.device).first:
+        with silenced():
+            run_passes(original, task, recipe.passes, folder / "passes", threads, place)
+        raise SystemExit(0)
     with clock.stage("judge the original"):
         judge = _Judge.of(task, original.predict, max_drop)
     (folder / "recipe.yaml").write_text(recipe.yaml())
     with clock.stage("passes"):
-        pressed = _run_passes(original, task, recipe.passes, folder / "passes", threads, place)
+        pressed = run_passes(original, task, recipe.passes, folder / "passes", threads, place)
     warnings: list[str] = []
     _write_plan(pressed, folder / "surgery.json", warnings)
     with clock.stage("export"):
@@ -98,8 +99,9 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
     if not any(f.baseline for f in judged):
         raise FileError("None of the original's fp32 files works, so there is nothing to compare with: " + " ".join(warnings))
     with clock.stage("measure"), _dense_twins(judged, pressed, task, warnings) as twins:
-        _say("Measuring {} files in turns.", len(judged) + len(twins))
+        say("Measuring {} files in turns.", len(judged) + len(twins))
         measured = measure([f.artifact for f in judged] + list(twins.values()), device=place, threads=threads)
+    warnings += _slow_precisions(judged, place)
     noise = noise_warning(measured)
     if noise:
         warnings.append(noise)
@@ -113,52 +115,8 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
 
 # ---- stages
 
-_RUNTIMES = {"onnx": "onnxruntime", "tflite": "litert"}
 _SLOWEST = 16
 """Modules in the profile of a report."""
-
-
-def _run_passes(
-    network: Network, task: Task, passes: Sequence[Pass], folder: Path, threads: int = 1, place: str | Device = "local"
-) -> Network:
-    """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
-    unchanged = _fingerprint(network)
-    key = hashlib.sha256(f"{__version__} {unchanged}".encode())
-    for number, item in enumerate(passes):
-        name = type(item).__name__
-        teachers = [_fingerprint(v) for v in vars(item).values() if isinstance(v, Network)]
-        key.update(json.dumps([name, describe(item), teachers]).encode())
-        saved = folder / f"{number:02d}-{name.lower()}-{key.hexdigest()[:10]}"
-        if saved.is_dir():
-            _say("{} was finished before: going on from {}; delete that folder to run it again, on other data say.", name, saved)
-            network = Network.load(saved)
-            unchanged = _fingerprint(network)
-            continue
-        checkpoint = saved.with_suffix(".checkpoint")
-        if isinstance(item, Distill | Prune):
-            item = replace(item, checkpoint=checkpoint)
-        if isinstance(item, Prune) and item.latency is not None and item.clock is None:
-            item = replace(item, clock=LatencyTable(_RUNTIMES[item.format], item.precision, threads=threads, device=place))
-        started = time.monotonic()
-        try:
-            result = item(network, task)
-        except EdgepressError as error:
-            done = ", ".join(type(p).__name__ for p in passes[:number]) or "nothing"
-            raise type(error)(f"{name} (pass {number + 1} of {len(passes)}, after {done}): {error}") from error
-        if _fingerprint(network) != unchanged:
-            raise RecipeError(f"The pass {name} changed the network it was given; a pass returns a new one.")
-        result.save(saved)
-        if checkpoint.is_file():
-            checkpoint.unlink()
-        _say(
-            "{}: {:.0f} s, {:.1f} million MACs, {:,} parameters.",
-            name,
-            time.monotonic() - started,
-            result.macs() / 1e6,
-            result.parameter_count,
-        )
-        network, unchanged = result, _fingerprint(result)
-    return network
 
 
 def _write_plan(pressed: Network, path: Path, warnings: list[str]) -> None:
@@ -188,14 +146,6 @@ def _dense_twins(judged: Sequence[_Judged], pressed: Network, task: Task, warnin
         yield twins
 
 
-def _fingerprint(network: Network) -> str:
-    """A hash of the graph and of every weight."""
-    digest = hashlib.sha256(str(network.module.graph).encode())
-    for tensor in network.tensors():
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class _Candidate:
     network: Network
@@ -215,7 +165,7 @@ def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder
             baseline = stem == "original" and precision == "fp32"
             for suffix in recipe.formats:
                 path = folder / f"{stem}-{precision}.{suffix}"
-                _say("Writing {}.", path)
+                say("Writing {}.", path)
                 try:
                     artifact = export(network, path, recipe.quantization(precision), task.calibration_batches)
                 except UserError as error:
@@ -250,7 +200,7 @@ def _run_file(candidate: _Candidate, task: Task, judge: _Judge, place: Device, w
         artifact.path.unlink(missing_ok=True)
         warnings.append(f"{artifact.path.name} was not delivered: {reason}")
         return None
-    _say("Running {} on the task's data.", artifact.path.name)
+    say("Running {} on the task's data.", artifact.path.name)
     runtime = place.open(artifact, threads=place.environment().get("usable_cores") or 1)
     try:
         values, drop, deciding = judge.file(runtime.predict)
@@ -277,7 +227,7 @@ def _repaired_files(
         held = drops.get(_float_twin(candidate.artifact), math.inf) <= judge.max_drop
         if path not in drops or not how.calibrated or drops[path] <= judge.max_drop or not held:
             continue
-        _say("{} lost {:.2f} points: looking for what brings them back.", path.name, drops[path])
+        say("{} lost {:.2f} points: looking for what brings them back.", path.name, drops[path])
         results: dict[str, _Judged | None] = {}
 
         def holds(artifact: Artifact, network: Network = candidate.network, results: dict[str, Any] = results) -> bool:
@@ -374,6 +324,17 @@ class _Judge:
         return True, f"accepted{repairs}" + ("" if faster.low > 1 else ", though not measurably faster than the original")
 
 
+def _slow_precisions(judged: Sequence[_Judged], place: Device) -> list[str]:
+    """What to expect of precisions that the device has no fast kernels for."""
+    facts, said = place.environment(), []
+    for artifact in {(f.artifact.format, f.artifact.precision): f.artifact for f in judged}.values():
+        if artifact.precision in PRECISIONS:
+            speed, reason = expected_speed(artifact.format, artifact.precision, facts)
+            if speed in ("perhaps", "slow"):
+                said.append(f"{artifact.precision} in .{artifact.format} files: {reason}.")
+    return said
+
+
 # ---- the report
 
 
@@ -467,10 +428,6 @@ class _Clock:
             yield
         finally:
             self.seconds[name] = round(time.monotonic() - started, 2)
-
-
-def _say(text: str, *values: Any) -> None:
-    print(text.format(*values), file=sys.stderr, flush=True)
 
 
 def _writable(folder: Path) -> Path:

@@ -99,3 +99,25 @@ def test_synchronised_normalisation_is_torchs_own_where_there_is_one_process(mon
         kept[kind] = [y.detach(), *gradients, *network.module.buffers()]
     for ours, theirs in zip(kept["ours"], kept["torch"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_compress_in_two_processes_writes_one_report(tmp_path):
+    (tmp_path / "tiny.py").write_text(
+        "import edgepress as ep\nimport shared_training\n\n\ndef build():\n    return shared_training.make_task()\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        "passes:\n  - prune: {macs: 0.7, multiple: 1, rounds: 1}\n  - distill: {epochs: 1, lr: 0.01}\n"
+        "export: {formats: [onnx], precisions: [fp32]}\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "edgepress"]
+    command += ["compress", str(tmp_path / "tiny.py:build"), "--recipe", str(tmp_path / "recipe.yaml"), "--max-drop", "0.9"]
+    paths = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"EVALUATED": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    out = tmp_path / "out"
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300, env=environment)
+    assert (out / "report.json").is_file(), done.stderr[-3000:]
+    assert done.stderr.count("Distill: ") == 1
+    assert done.stdout.count("Report: ") == 1
+    assert not (tmp_path / "1").exists()  # the second process judges nothing
+    saved = sorted(path.name.split("-")[1] for path in (out / "passes").iterdir())
+    assert saved == ["distill", "prune"]

@@ -13,6 +13,8 @@ import edgepress as ep
 from edgepress.compress.errors import EdgepressError, RecipeError
 from edgepress.compress.network import Network
 from edgepress.compress.passes import describe
+from edgepress.running import run_passes
+from edgepress.targets.stats import Ratio
 
 pipeline = importlib.import_module("edgepress.pipeline")
 ONNX = {"formats": ("onnx",), "precisions": ("fp32",)}
@@ -121,15 +123,23 @@ def test_press_does_not_deliver_a_file_that_does_not_load(task, tmp_path, monkey
     assert not (tmp_path / "pressed-fp32.onnx").exists()
 
 
-def test_a_slower_file_is_rejected(task):
+def test_a_slower_file_is_rejected(task, monkeypatch):
     judge = pipeline._Judge(task, {"accuracy": 90.0}, 90.0, 1.0)
-    found = pipeline._Judged(None, False, None, {"accuracy": 90.0}, 0.0, 0.0)
-    assert judge.verdict(found, 0.7, 0.9) == (False, "rejected: slower than the original (0.90x at best)")
-    assert judge.verdict(found, 0.9, 1.1) == (True, "accepted, though not measurably faster than the original")
-    assert judge.verdict(found, 1.2, 1.4) == (True, "accepted")
+    found = pipeline._Judged(None, False, "", None, {"accuracy": 90.0}, 0.0, 0.0)
+
+    def verdict(found, low, high, twin=None):
+        return judge.verdict(found, Ratio((low + high) / 2, low, high), twin, 1)
+
+    assert verdict(found, 0.7, 0.9) == (False, "rejected: slower than the original (0.90x at best)")
+    assert verdict(found, 0.9, 1.1) == (True, "accepted, though not measurably faster than the original")
+    assert verdict(found, 1.2, 1.4) == (True, "accepted")
+    assert verdict(replace(found, repairs="ranges by mse"), 1.2, 1.4) == (True, "accepted (ranges by mse)")
     worse = replace(found, deciding_drop=1.5)
-    assert judge.verdict(worse, 1.2, 1.4)[1] == "rejected: accuracy dropped 1.50 points, 0.50 over the budget"
-    assert judge.verdict(replace(found, baseline=True), 1.0, 1.0)[0] is False
+    assert verdict(worse, 1.2, 1.4)[1] == "rejected: accuracy dropped 1.50 points, 0.50 over the budget"
+    assert verdict(replace(found, baseline=True), 1.0, 1.0)[0] is False
+    monkeypatch.setattr(pipeline, "why_slow", lambda artifact, threads: "40% in Cast")
+    slower = verdict(found, 1.2, 1.4, Ratio(0.8, 0.7, 0.9))
+    assert slower == (False, "rejected: slower than its float twin (0.90x at best; 40% in Cast)")
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ def test_a_finished_pass_is_taken_only_for_the_same_network_and_teacher(task, tm
         other.module.head.bias += 1
 
     def folders(start, teacher):
-        pipeline._run_passes(start, task, (ep.Distill(epochs=0.2, teacher=teacher),), tmp_path)
+        run_passes(start, task, (ep.Distill(epochs=0.2, teacher=teacher),), tmp_path)
         return len(list(tmp_path.iterdir()))
 
     assert folders(network, None) == folders(network, None) == 1

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edgepress.compress.errors import RecipeError
 from edgepress.compress.quantization import CALIBRATORS, PRECISIONS, Numbers, Quantization, quantization
+from edgepress.targets.kernels import expected_speed
 from edgepress.targets.ranges import Statistics, scale_of
 
 
@@ -108,3 +109,12 @@ def test_every_precision_describes_itself():
 def test_unknown_names_are_refused_with_those_that_are_known(make):
     with pytest.raises(RecipeError, match=r"fp32|minmax"):
         make()
+
+
+def test_what_to_expect_of_every_precision_is_said_for_both_formats():
+    for name in PRECISIONS:
+        for file_format in ("onnx", "tflite"):
+            speed, reason = expected_speed(file_format, name, {"cpu_features": ["asimd", "asimddp"]})
+            assert reason or speed in ("fast", "as fp32")
+    assert expected_speed("tflite", "int8", {"cpu_features": ["avx2"]})[0] == "perhaps"
+    assert expected_speed("tflite", "int8", {})[0] == "fast"  # nothing is known of the CPU
