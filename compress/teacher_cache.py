@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .cache import cache_folder
 from .teacher import Teacher
 
 __all__ = ["LIMIT_BYTES", "Remembered", "example_keys", "outputs_folder"]
@@ -42,10 +43,8 @@ _STALE_S = 24 * 3600.0
 
 
 def outputs_folder() -> Path:
-    """Where files are kept: ``teachers`` in ``$EDGEPRESS_CACHE``, else in ``edgepress`` in the user's cache folder."""
-    own = os.environ.get("EDGEPRESS_CACHE")
-    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgepress"
-    return folder / "teachers"
+    """Where files are kept: ``teachers`` in `cache_folder`."""
+    return cache_folder() / "teachers"
 
 
 def example_keys(inputs: tuple[Tensor, ...]) -> list[bytes]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edgepress.compress.cache import cache_folder
 from edgepress.compress.progress import bar
 
 __all__ = ["trained"]
@@ -60,8 +61,7 @@ def trained(name: str, build: Callable[[], nn.Module], batches: Batches, epochs:
 
 
 def _folder() -> Path:
-    own = os.environ.get("EDGEPRESS_CACHE")
-    return (Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgepress") / "models"
+    return cache_folder() / "models"
 
 
 def _print(build: Callable[[], nn.Module], batches: Batches, epochs: int, lr: float) -> str:

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepress.compress.cache import cache_folder
 from edgepress.compress.errors import DeviceError, FileError, UserError
 from edgepress.compress.progress import bar
 from edgepress.compress.pruning.layers import Layer
 
 from . import probe_onnx, probe_tflite
 from .agent.machine import environment
-from .cache import cache_folder
 from .devices import Device, find_device
 from .devices.link import Piped, Prober
 from .probe_onnx import onnx_context, onnx_probe

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgepress.compress.cache import cache_folder
 from edgepress.compress.errors import DeviceError
 
 from .link import BOOT, Piped
@@ -75,8 +76,6 @@ def board_command(core: str, arguments: Sequence[str], plugin: str | None = None
 
 def board_folder() -> Path:
     """Where the board is, or would be."""
-    from ..cache import cache_folder  # which imports the devices
-
     named = os.environ.get("EDGEPRESS_BOARD")
     return (Path(named) if named else cache_folder() / "board").absolute()
 

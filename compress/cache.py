@@ -9,7 +9,7 @@ __all__ = ["cache_folder"]
 
 
 def cache_folder() -> Path:
-    """Where measured times are kept: ``$EDGEPRESS_CACHE``, else ``edgepress`` in the user's cache folder.
+    """The folder of all that: ``$EDGEPRESS_CACHE``, else ``edgepress`` in the user's cache folder.
 
     Example:
         >>> os.environ["EDGEPRESS_CACHE"] = "/tmp/cache"
