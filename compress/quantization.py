@@ -61,7 +61,7 @@ class Quantization:
     weights: Numbers | None = None
     activations: Numbers | None = None
     dynamic: bool = False
-    calibrator: Calibrator = "minmax"
+    calibrator: Calibrator = "mse"
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,8 +121,8 @@ def quantization(precision: str | Quantization, **settings: Any) -> Quantization
         RecipeError: an unknown name.
 
     Example:
-        >>> quantization("int8").weights.per, quantization("int8", calibrator="mse").calibrator
-        ('channel', 'mse')
+        >>> quantization("int8").weights.per, quantization("int8", calibrator="entropy").calibrator
+        ('channel', 'entropy')
     """
     return replace(_known(precision) if isinstance(precision, str) else precision, **settings)
 

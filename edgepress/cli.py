@@ -119,7 +119,7 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, default="fp32", help="int8, int16x8 and w4a8 need a task with calibration_batches"
     )
     command.add_argument(
-        "--calibrator", choices=CALIBRATORS, default="minmax", help="how ranges are taken from that data (default: minmax)"
+        "--calibrator", choices=CALIBRATORS, default="mse", help="how ranges are taken from that data (default: mse)"
     )
     command.add_argument(
         "--layer",

@@ -8,7 +8,7 @@ passes:
 export:
   formats: [onnx, tflite]
   precisions: [fp32, int8]
-  calibrator: minmax
+  calibrator: mse
   layers: {head.*: fp32}
 ```
 """
@@ -89,7 +89,7 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     formats: tuple[str, ...] = FORMATS
     precisions: tuple[str, ...] = ("fp32", "int8")
-    calibrator: str = "minmax"
+    calibrator: str = "mse"
     layers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Recipe:
         for item in self.passes:
             passes.append({type(item).__name__.lower(): _written(item)})
         export: dict[str, Any] = {"formats": list(self.formats), "precisions": list(self.precisions)}
-        if self.calibrator != "minmax":
+        if self.calibrator != "mse":
             export["calibrator"] = self.calibrator
         if self.layers:
             export["layers"] = dict(self.layers)
