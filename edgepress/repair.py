@@ -62,10 +62,11 @@ def repaired(network: Network, path: Path, how: Quantization, task: Task, holds:
 
     if done and (best := tried(_writer(better, path, task, described)(described))):
         return best, ", ".join(done)
-    with contextlib.suppress(RecipeError):  # rounding changes weights for good, so layers are left in floats without it
-        rounded = Round(how.name)(better, task)
-        if best := tried(_writer(rounded, path, task, described)(described)):
-            return best, ", ".join((*done, "weights rounded by the outputs"))
+    if not trained_ranges(network):
+        with contextlib.suppress(RecipeError):  # rounding changes weights for good, so layers are left in floats without it
+            rounded = Round(how.name)(better, task)
+            if best := tried(_writer(rounded, path, task, described)(described)):
+                return best, ", ".join((*done, "weights rounded by the outputs"))
     # what helps a file that gives nonsense may not help one with layers in floats: then without
     for start, settings, said in [(better, described, done)] * bool(done) + [(network, how, ())]:
         if made := _with_floats(start, path, settings, task, tried):
