@@ -90,12 +90,21 @@ def _watched(feeds: Iterable[dict[str, np.ndarray]], kept: list[dict[str, np.nda
 def _integer_ports(
     operators: Sequence[Operator], bits: Sequence[int], how: Quantization, ports: tuple[Collection[str], Collection[str]]
 ) -> tuple[bool, bool]:
-    """Whether everything that reads an input, and everything that makes an output, computes in the description's integers."""
+    """Whether inputs, and outputs, are stored as the description's integers.
+
+    They are where everything that reads an input, or makes an output, computes in them. An output that is an input goes with
+    the inputs. One that an operator in floats reads, too, keeps outputs in floats: the quantizer would name two tensors for it.
+    """
     wanted = how.activations.bits if how.activations and how.calibrated else 0
     inputs, outputs = ports
-    reading = [n for operator, n in zip(operators, bits, strict=True) if set(operator.inputs) & set(inputs)]
-    making = {name: n for operator, n in zip(operators, bits, strict=True) for name in operator.outputs}
-    return all(n == wanted for n in reading), all(making.get(name) == wanted for name in outputs)
+    numbered = list(zip(operators, bits, strict=True))
+    reading = all(n == wanted for operator, n in numbered if set(operator.inputs) & set(inputs))
+    making = {name: n for operator, n in numbered for name in operator.outputs}
+    made = all(making.get(name, wanted) == wanted for name in outputs)
+    alone = all(n == wanted for operator, n in numbered if set(operator.inputs) & set(outputs))
+    if set(inputs) & set(outputs):
+        reading = made = reading and made
+    return reading, made and alone
 
 
 def _quantized(content: bytes, recipe: list[dict[str, Any]], ranges: Ranges) -> bytes:
