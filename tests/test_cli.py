@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edgepress import __version__
-from edgepress.cli import main
+from edgepress.cli import _parser, main
 from edgepress.compress.network import trace
 
 TASK = """
@@ -353,3 +353,23 @@ def test_instructions_are_shown_without_a_time():
     assert "2.00×" in shown
     assert "emulated cortex-a76" in shown
     assert " ms" not in shown
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("90s", 1.5), ("20m", 20.0), ("1.5h", 90.0), ("5", 5.0)])
+def test_a_time_budget_is_read_in_any_unit(text, minutes):
+    assert _parser().parse_args(["compress", "digits", "--time-budget", text]).time_budget == minutes
+
+
+@pytest.mark.parametrize("arguments", [["--time-budget", "soon"], ["--time-budget", "0m"]])
+def test_a_time_budget_that_is_none_is_a_sentence(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        _parser().parse_args(["compress", "digits", *arguments])
+    assert stopped.value.code == 2
+    assert "is no time above 0" in capsys.readouterr().err
+
+
+def test_layers_in_another_precision_are_read_from_the_command_line():
+    arguments = _parser().parse_args(["export", "digits", "net.onnx", "--layer", "head.*=fp32", "--layer", "op:softmax=fp16"])
+    assert dict(arguments.layer) == {"head.*": "fp32", "op:softmax": "fp16"}
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["export", "digits", "net.onnx", "--layer", "head.*"])
