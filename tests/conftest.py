@@ -1,6 +1,7 @@
 """What several test files share: the reference data, and a tiny task."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from edgepress.compress.progress import silenced
 from edgepress.compress.task import Task
 
+# a shell that runs the tests in the background has told them to ignore Ctrl-C, and what they start would inherit it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two make the many tiny networks here slower, not faster
 
 DATA = Path(os.environ.get("EDGEPRESS_DATA", Path(__file__).parents[2] / "shared" / "data"))
