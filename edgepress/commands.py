@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -255,10 +254,8 @@ def sensitivity(arguments: argparse.Namespace) -> int:
     """Show which layers lose what a quantized file loses."""
     from dataclasses import asdict
 
-    import torch
-
     from edgepress.compress.errors import UserError
-    from edgepress.compress.task import input_batches
+    from edgepress.targets.calibration import halves
     from edgepress.targets.sensitivity import sensitivity as run
 
     from .tables import sensitivity_table
@@ -266,10 +263,7 @@ def sensitivity(arguments: argparse.Namespace) -> int:
     network, task = _network(arguments.source)
     if task is None or task.calibration_batches is None:
         raise UserError("Layers are tried on calibration data: give a task with calibration_batches.")
-    taken = list(itertools.islice(input_batches(task.calibration_batches), 16))
-    examples = [torch.cat(column)[: 2 * arguments.examples] for column in zip(*taken, strict=True)]
-    half = max(1, len(examples[0]) // 2)
-    seen, shown = [tuple(x[:half] for x in examples)], [x[-half:].numpy() for x in examples]
+    seen, shown = halves(task.calibration_batches, 2 * arguments.examples)
     suffix = f".{arguments.format}"
     error, found = run(network, suffix, arguments.precision, seen, shown, instead=arguments.instead, clock=arguments.clock)
     if arguments.json:

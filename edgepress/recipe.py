@@ -74,7 +74,8 @@ class Recipe:
     Args:
         passes: run in this order; may be empty.
         formats: of the files, among 'onnx' and 'tflite'.
-        precisions: of the files, see `edgepress.compress.quantization.PRECISIONS`.
+        precisions: of the files, see `edgepress.compress.quantization.PRECISIONS`; fp32 is always written: what quantized files
+            are compared with.
         calibrator: how the ranges of activations are taken from the calibration data: 'minmax', 'average', 'percentile', 'mse'
             or 'entropy'.
         layers: patterns of module names or operators to another precision of those in the quantized files, see

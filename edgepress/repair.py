@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import torch
-
 from edgepress.compress.equalize import Equalize
 from edgepress.compress.errors import RecipeError, UserError
 from edgepress.compress.network import Network
@@ -18,16 +15,17 @@ from edgepress.compress.progress import bar
 from edgepress.compress.quantization import Calibrator, Quantization
 from edgepress.compress.quantize import trained_ranges
 from edgepress.compress.rounding import Round
-from edgepress.compress.task import Batches, Task, input_batches
+from edgepress.compress.task import Task
 from edgepress.targets.artifact import Artifact, read_artifact
+from edgepress.targets.calibration import halves
 from edgepress.targets.export import write_file, writer
 from edgepress.targets.profile import profile
 from edgepress.targets.sensitivity import output_error, sensitivity
 
 __all__ = ["improved", "repaired", "why_slow"]
 
-_EXAMPLES = 64
-"""Examples that repairs are tried with: as many to calibrate as to look at."""
+_EXAMPLES = 128
+"""Examples that repairs are tried with: half of them to calibrate, half to look at."""
 
 _HELPS = 0.95
 """What part of the error a repair may leave: less gain than that is chance."""
@@ -84,7 +82,7 @@ def _with_floats(
 ) -> Made | None:
     """The file with as few layers in floats as it takes; None where no number of them is enough."""
     assert task.calibration_batches is not None
-    seen, shown = _examples(task.calibration_batches)
+    seen, shown = halves(task.calibration_batches, _EXAMPLES)
     _, layers = sensitivity(network, path.suffix, how, seen, shown, clock=True)
     order = [s.module for s in sorted(layers, key=lambda s: -s.worth) if s.gain > 0]
     write = _writer(network, path, task, how)
@@ -122,7 +120,7 @@ def improved(network: Network, suffix: str, how: Quantization, task: Task) -> tu
         The network, the description, and what helped, in words; without any where nothing did.
     """
     assert task.calibration_batches is not None
-    seen, shown = _examples(task.calibration_batches)
+    seen, shown = halves(task.calibration_batches, _EXAMPLES)
     wanted = network.predict(*shown)
     best = output_error(writer(network, suffix, seen, how.name), suffix, how, shown, wanted)
     done: tuple[tuple[str, str], ...] = ()
@@ -176,18 +174,6 @@ def why_slow(artifact: Artifact, threads: int = 1) -> str:
     said = [f"{share:.0%} of its time {what}" for remarks, what in sums if (share := sum(r.op.share for r in remarks)) >= 0.01]
     name, _, share = found.by_operator()[0]
     return ", ".join([*said, f"{share:.0%} in {name}"])
-
-
-def _examples(batches: Batches) -> tuple[list[tuple[torch.Tensor, ...]], list[np.ndarray]]:
-    """Some examples to calibrate with, as batches, and others to look at, as arrays; the same ones where there are too few."""
-    taken: list[tuple[torch.Tensor, ...]] = []
-    for batch in input_batches(batches):
-        taken.append(batch)
-        if sum(len(b[0]) for b in taken) >= 2 * _EXAMPLES:
-            break
-    examples = [torch.cat(column)[: 2 * _EXAMPLES] for column in zip(*taken, strict=True)]
-    half = max(1, len(examples[0]) // 2)
-    return [tuple(x[:half] for x in examples)], [x[-half:].numpy() for x in examples]
 
 
 def _listed(names: Sequence[str]) -> str:

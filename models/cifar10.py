@@ -14,10 +14,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgepress.compress.errors import TaskError
-from edgepress.compress.task import Predict
+from edgepress.compress.task import Predict, Task
 
 from .packs import read_pack
 
@@ -56,6 +56,18 @@ class Cifar10:
         pixels = [torch.from_numpy(np.asarray(p["data"], np.uint8).reshape(-1, 3, 32, 32)) for p in parts]
         classes = [torch.as_tensor(p["labels"], dtype=torch.int64) for p in parts]
         return cls(torch.cat(pixels[:5]), torch.cat(classes[:5]), pixels[5], classes[5])
+
+    def task(self, name: str, model: nn.Module) -> Task:
+        """Classifying the data by a trained network, whose inputs are `inputs`."""
+        return Task(
+            model=model.eval(),
+            example_inputs=self.inputs(self.test_images[:2]),
+            train_batches=self.augmented,
+            calibration_batches=self.calibration,
+            evaluate=self.evaluate,
+            metric="accuracy",
+            name=name,
+        )
 
     def first(self, examples: int | None) -> Self:
         """The same with the first so many test images only; with all where it is None."""

@@ -67,13 +67,4 @@ def densenet40_cifar10(examples: int | None = None) -> Task:
     """
     model = DenseNet()
     model.load_state_dict(read_weights("densenet40_cifar10", _SOURCE))
-    data = RawCifar10.read(data_folder()).first(examples)
-    return Task(
-        model=model.eval(),
-        example_inputs=data.inputs(data.test_images[:2]),
-        train_batches=data.augmented,
-        calibration_batches=data.calibration,
-        evaluate=data.evaluate,
-        metric="accuracy",
-        name="densenet40-cifar10",
-    )
+    return RawCifar10.read(data_folder()).first(examples).task("densenet40-cifar10", model)

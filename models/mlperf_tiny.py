@@ -169,16 +169,7 @@ def mlperf_resnet8(examples: int | None = None) -> Task:
     """Image classification on CIFAR-10; judged by the first ``examples`` test images, by all where None."""
     model = ResNet8()
     model.load_state_dict(read_weights("mlperf_resnet8_cifar10", _SOURCE))
-    data = RawCifar10.read(data_folder()).first(examples)
-    return Task(
-        model=model.eval(),
-        example_inputs=data.inputs(data.test_images[:2]),
-        train_batches=data.augmented,
-        calibration_batches=data.calibration,
-        evaluate=data.evaluate,
-        metric="accuracy",
-        name="mlperf-resnet8",
-    )
+    return RawCifar10.read(data_folder()).first(examples).task("mlperf-resnet8", model)
 
 
 def mlperf_vww(examples: int | None = None) -> Task:

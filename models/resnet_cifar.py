@@ -87,16 +87,7 @@ def resnet_cifar10(depth: int, examples: int | None = None) -> Task:
     """
     model = CifarResNet(depth)
     model.load_state_dict(_weights(depth))
-    data = Cifar10.read(data_folder()).first(examples)
-    return Task(
-        model=model.eval(),
-        example_inputs=data.inputs(data.test_images[:2]),
-        train_batches=data.augmented,
-        calibration_batches=data.calibration,
-        evaluate=data.evaluate,
-        metric="accuracy",
-        name=f"resnet{depth}-cifar10",
-    )
+    return Cifar10.read(data_folder()).first(examples).task(f"resnet{depth}-cifar10", model)
 
 
 def _weights(depth: int) -> dict[str, Tensor]:

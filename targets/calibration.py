@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from edgepress.compress.errors import UserError
 from edgepress.compress.network import Network
 from edgepress.compress.task import Batches, input_batches
 
-__all__ = ["pieces"]
+__all__ = ["halves", "pieces"]
 
 
 def pieces(network: Network, batches: Batches, size: int) -> Iterator[tuple[np.ndarray, ...]]:
@@ -43,7 +44,36 @@ def pieces(network: Network, batches: Batches, size: int) -> Iterator[tuple[np.n
             # copies: a piece that a quantizer keeps must not keep the whole batch
             yield tuple(np.array(array[at : at + size]) for array in arrays)
     if empty:
-        raise UserError("The calibration data holds no examples: give some batches of typical inputs.")
+        raise UserError(_EMPTY)
+
+
+def halves(batches: Batches, count: int) -> tuple[list[tuple[torch.Tensor, ...]], list[np.ndarray]]:
+    """The first ``count`` calibration examples in two halves: to calibrate with, as batches, and to look at, as arrays.
+
+    Where there is one example only, it is both.
+
+    Raises:
+        UserError: no examples.
+
+    Example:
+        >>> import torch
+        >>> seen, shown = halves([torch.zeros(5, 3), torch.ones(5, 3)], 8)
+        >>> [x.shape for x, in seen], [x.shape for x in shown]
+        ([torch.Size([4, 3])], [(4, 3)])
+    """
+    taken: list[tuple[torch.Tensor, ...]] = []
+    for batch in input_batches(batches):
+        taken.append(batch)
+        if sum(len(b[0]) for b in taken) >= count:
+            break
+    examples = [torch.cat(column)[:count] for column in zip(*taken, strict=True)]
+    if not examples or not len(examples[0]):
+        raise UserError(_EMPTY)
+    half = max(1, len(examples[0]) // 2)
+    return [tuple(x[:half] for x in examples)], [x[-half:].numpy() for x in examples]
+
+
+_EMPTY = "The calibration data holds no examples: give some batches of typical inputs."
 
 
 def _check(network: Network, arrays: tuple[np.ndarray, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ def test_leaving_a_layer_in_floats_is_written_into_the_file(task, tmp_path):
         graph = onnx.load(tmp_path / f"{name}.onnx").graph
         kinds[name] = sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in graph.initializer)
     assert kinds == {"all": 4, "some": 3}
+
+
+def test_calibration_data_without_examples_is_a_sentence(task, monkeypatch, capsys):
+    empty = replace(task, calibration_batches=[])
+    monkeypatch.setattr("edgepress.commands._network", lambda source: (ep.trace(task.model, task.inputs), empty))
+    assert main(["sensitivity", "fragile"]) == 2
+    assert "holds no examples" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_json(task, tmp_path, capsys, monkeypatch):
