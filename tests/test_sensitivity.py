@@ -96,7 +96,7 @@ def test_leaving_a_layer_in_floats_is_written_into_the_file(task, tmp_path):
 
 
 def test_calibration_data_without_examples_is_a_sentence(task, monkeypatch, capsys):
-    empty = replace(task, calibration_batches=[])
+    empty = replace(task, calibration_batches=[torch.zeros(0, 8)])
     monkeypatch.setattr("edgepress.commands._network", lambda source: (ep.trace(task.model, task.inputs), empty))
     assert main(["sensitivity", "fragile"]) == 2
     assert "holds no examples" in capsys.readouterr().err
