@@ -41,7 +41,7 @@ from edgepress.targets.agent.turns import Turn, interleave
 from edgepress.targets.artifact import Artifact, read_artifact
 from edgepress.targets.devices import find_device
 from edgepress.targets.measure import Measurement, Plan, try_measure
-from edgepress.targets.stats import percentile, ratio_of_medians
+from edgepress.targets.stats import paired_ratio, percentile
 
 RESULTS = Path(__file__).parent / "results"
 MODES = {"eager": "torch", "inductor": "torch:inductor", "cudagraphs": "torch:cudagraphs", "aoti": "torch:aoti"}
@@ -130,7 +130,7 @@ def against_timer(artifact: Artifact, feed: np.ndarray, runtime: str, plan: Plan
         other.stopwatch, other.step_ns = timer(statements[name]), session.step_ns
         turns.append(Turn(other, [feed]))
     interleave(turns, vars(plan))
-    found = ratio_of_medians(*(tuple(map(tuple, turn.rounds)) for turn in (turns[0], turns[1])))
+    found = paired_ratio(*(tuple(map(tuple, turn.rounds)) for turn in (turns[0], turns[1])))
     medians = {f"{turn.session.name}_ns": percentile(turn.rounds, 50) for turn in turns[1:]}
     return {**medians, "ours_over_timer": [found.value, found.low, found.high], "compile_s": session.compile_ns() / 1e9}
 
@@ -212,7 +212,7 @@ def sparsity(plan: Plan, size: int = 4096, batches: Sequence[int] = (64, 1024, 4
         turns = [Turn(_layer(name, layer, x), [x]) for name, layer in (("dense", dense), ("2:4", sparse))]
         interleave(turns, vars(plan))
         first, second = (tuple(map(tuple, turn.rounds)) for turn in turns)
-        found = ratio_of_medians(first, second)
+        found = paired_ratio(first, second)
         rows.append({"batch": batch, "size": size, "dense_ns": percentile(first, 50), "sparse_ns": percentile(second, 50),
                      "faster": [found.value, found.low, found.high], "largest_difference": difference})  # fmt: skip
         print(f"2:4 fp16 linear {size}x{size}, batch {batch}: {found}, largest difference {difference:.4f}", flush=True)

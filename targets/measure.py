@@ -20,7 +20,7 @@ from edgepress.compress.progress import bar
 from .artifact import Artifact
 from .devices import Device, Failed, Job, Outcome, find_device
 from .runtimes import random_feeds
-from .stats import Ratio, noise_reasons, percentile, ratio_of_medians
+from .stats import Ratio, noise_reasons, paired_ratio, percentile
 
 __all__ = ["Measurement", "Plan", "Ratio", "measure", "noise_warning", "ratio", "try_measure"]
 
@@ -235,7 +235,7 @@ def _measurement(job: Job, outcome: Outcome, device: str, threads: int, environm
 
 
 def ratio(baseline: Measurement, other: Measurement) -> Ratio:
-    """How many times faster ``other`` is than ``baseline``: the ratio of their medians with a 95 % interval.
+    """How many times faster ``other`` is than ``baseline``: the ratio of their rounds' medians with a 95 % interval.
 
     Raises:
         UserError: they were not measured in one run, taking turns.
@@ -253,7 +253,7 @@ def ratio(baseline: Measurement, other: Measurement) -> Ratio:
             f"{baseline.artifact.path.name} and {other.artifact.path.name} were not measured in one run, and times of different "
             "moments do not compare: hand both to one measure()."
         )
-    return ratio_of_medians(baseline.samples_ns, other.samples_ns)
+    return paired_ratio(baseline.samples_ns, other.samples_ns)
 
 
 def _check(

@@ -152,12 +152,19 @@ inside() { # in user, mount and process namespaces of its own, which end with it
 
 stop() {
   [ -e "$board/pid" ] || return 0
-  local process
+  local process first
   process=$(cat "$board/pid")
-  # all processes of a process namespace end with its first, the only child
-  # shellcheck disable=SC2046
+  # all processes of a process namespace end with its first, the only child; it is the last of them, and keeps its socket until then
   if grep -qs inside "/proc/$process/cmdline"; then
-    kill -KILL $(cat "/proc/$process/task/$process/children") "$process" 2> /dev/null || true
+    first=$(cat "/proc/$process/task/$process/children")
+    # shellcheck disable=SC2086
+    kill -KILL $first "$process" 2> /dev/null || true
+    for process in $first; do
+      for _ in $(seq 300); do
+        grep -qs '^State:[[:space:]]*[^ZX]' "/proc/$process/status" || break
+        sleep 0.1
+      done
+    done
   fi
   rm -f "$board/pid" "$board/fifo"
 }
