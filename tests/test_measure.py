@@ -100,8 +100,6 @@ def test_ratio_must_refuse_measurements_of_different_runs():
         ratio(first, measurement_of(rounds, date="2024-01-01T00:01:00+00:00"))
     same_run = measurement_of(((50,), (51,), (49,)), date="2024-01-01T00:00:00+00:00")
     assert ratio(first, same_run).value == pytest.approx(2, rel=0.01)
-        2, rel=0.01
-    )
 
 
 def test_noise_must_be_none_on_a_quiet_machine_and_a_sentence_on_a_busy_one():
