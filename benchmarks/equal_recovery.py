@@ -1,16 +1,17 @@
 """The same network cut in several ways, then the same recovery: what accuracy and what time is left.
 
-    EDGEPRESS_DATA=... python benchmarks/equal_recovery.py [--epochs 2] [--macs 0.476] [--out runs/equal-recovery]
+    EDGEPRESS_DATA=... python benchmarks/equal_recovery.py [--epochs 2] [--macs 0.476] [--seeds 1] [--out runs/equal-recovery]
 
 ResNet-56 on CIFAR-10 (93.39 %). Cut to the same multiply-accumulates (2.1 times fewer by default) by torch-pruning (global
 Taylor, inner channels only: it raises an IndexError on the padded shortcuts of the residual stream), by `Prune(macs=...)`
 channel by channel, as torch-pruning does, and in steps of 8, which kernels want; and by `Prune(latency=..., depth=True)` to the
-time that the clock gives the last of these. Every network is then trained on the labels alone, for the same epochs with the same
-seed, learning rate and batches, and exported to int8.
+time that the clock gives the last of these. Every network is then trained on the labels alone, for the same epochs at the same
+learning rate with the same batches, for each of `--seeds` seeds (order and augmentation of the images), and exported to int8.
 
-What the numbers mean: accuracy of the int8 file on the 10,000 test images, run by its runtime; times are p50 at one thread,
-batch 1, all files interleaved in one run, as ratios to the original's fp32 file in ONNX Runtime with a 95 % interval. What
-bounds them: a few epochs recover less than full training would. The last line is JSON. It needs torch-pruning 1.6.1
+What the numbers mean: accuracy of the int8 file on the 10,000 test images, run by its runtime, mean over the seeds and standard
+deviation between them; times are p50 of the first seed's files at one thread, batch 1, all files interleaved in one run, as
+ratios to the original's fp32 file in ONNX Runtime with a 95 % interval. What bounds them: a few epochs recover less than full
+training would, and the cuts themselves do not vary with the seed. The last line is JSON. It needs torch-pruning 1.6.1
 (pip install torch-pruning==1.6.1).
 """
 
@@ -29,7 +30,7 @@ import edgepress as ep
 from edgepress.compress.pruning import analyse, channels_of
 from edgepress.compress.pruning.cost import Latency
 from edgepress.compress.task import labelled_loss, training_batches
-from edgepress.compress.train import Schedule, fastest_precision, fit
+from edgepress.compress.train import Precision, Schedule, fastest_precision, fit
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--macs", type=float, default=1 / 2.1, help="multiply-accumulates to keep")
     parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="runs/equal-recovery")
     arguments = parser.parse_args()
     out = Path(arguments.out)
@@ -52,46 +54,55 @@ def main() -> int:
     by_time = ep.Prune(ep.Fisher(), latency=f"{seconds * 1e6:.3f} us", clock=clock, depth=True, rounds=8)
     cuts["Prune, time"] = by_time(original, task)
 
-    schedule = Schedule(epochs=arguments.epochs, lr=arguments.lr)
     precision = fastest_precision(original.copy(), next(training_batches(task, 0))[0])
-    files = [("original", "fp32", ep.export(original, out / "original.onnx", "fp32"))]
+    files = {("original", "fp32 onnx"): [ep.export(original, out / "original.onnx", "fp32")]}
     networks = {"original": original, **cuts}
-    for name, network in networks.items():
-        if name != "original":
-            network.train()
-            fit(network, task, lambda y, x, t: labelled_loss(task, y, t), schedule, precision=precision, title=name)
-            network.eval()
-        for suffix in ("onnx", "tflite"):
-            path = out / f"{name.replace(', ', '-').replace(' ', '-')}.int8.{suffix}"
-            files.append((name, "int8", ep.export(network, path, "int8", task.calibration_batches)))
+    for name, cut in networks.items():
+        for seed in range(1 if name == "original" else arguments.seeds):
+            schedule = Schedule(epochs=arguments.epochs, lr=arguments.lr, seed=seed)
+            network = cut if name == "original" else _recovered(cut, task, schedule, precision, f"{name}, seed {seed}")
+            for suffix in ("onnx", "tflite"):
+                path = out / f"{name.replace(', ', '-').replace(' ', '-')}.{seed}.int8.{suffix}"
+                files.setdefault((name, f"int8 {suffix}"), []).append(ep.export(network, path, "int8", task.calibration_batches))
 
-    measured = ep.measure([artifact for _, _, artifact in files], device="local", threads=1)
+    measured = ep.measure([of_seeds[0] for of_seeds in files.values()], device="local", threads=1)
     rows = []
-    print(f"{'cut':<20} {'file':<12} {'accuracy':>8} {'x':>6} {'95 %':>14} {'MACs':>6} {'predicted us':>12}")
-    for (name, precision_of, artifact), times in zip(files, measured, strict=True):
-        runtime = ep.open_runtime(artifact, threads=2)
-        accuracy = task.evaluate(runtime.predict)["accuracy"]
-        runtime.close()
+    print(f"{'cut':<24} {'file':<12} {'accuracy':>8} {'spread':>6} {'x':>6} {'95 %':>14} {'MACs':>6} {'predicted us':>12}")
+    for ((name, kind), of_seeds), times in zip(files.items(), measured, strict=True):
+        accuracies = [_accuracy(artifact, task) for artifact in of_seeds]
         faster = ep.ratio(measured[0], times)
-        network = networks[name]
         row = {
             "cut": name,
-            "file": f"{precision_of} {artifact.path.suffix[1:]}",
-            "accuracy": accuracy,
+            "file": kind,
+            "accuracies": accuracies,
             "p50_ns": times.p50_ns,
             "faster": faster.value,
             "low": faster.low,
             "high": faster.high,
-            "macs": network.macs() / original.macs(),
-            "predicted_s": _predicted(network, clock),
+            "macs": networks[name].macs() / original.macs(),
+            "predicted_s": _predicted(networks[name], clock),
         }
         rows.append(row)
+        spread = f"{np.std(accuracies, ddof=1):.2f}" if len(accuracies) > 1 else ""
         print(
-            f"{name:<20} {row['file']:<12} {accuracy:>8.2f} {faster.value:>6.2f} {faster.low:>6.2f} to {faster.high:.2f} "
-            f"{row['macs']:>6.3f} {row['predicted_s'] * 1e6:>12.1f}"
+            f"{name:<24} {kind:<12} {np.mean(accuracies):>8.2f} {spread:>6} {faster.value:>6.2f} {faster.low:>6.2f} to "
+            f"{faster.high:.2f} {row['macs']:>6.3f} {row['predicted_s'] * 1e6:>12.1f}"
         )
     print(json.dumps({"epochs": arguments.epochs, "rows": rows}))
     return 0
+
+
+def _recovered(cut: ep.Network, task: ep.Task, schedule: Schedule, precision: Precision, title: str) -> ep.Network:
+    network = cut.copy().train()
+    fit(network, task, lambda y, x, t: labelled_loss(task, y, t), schedule, precision=precision, title=title)
+    return network.eval()
+
+
+def _accuracy(artifact: ep.Artifact, task: ep.Task) -> float:
+    runtime = ep.open_runtime(artifact, threads=2)
+    accuracy = task.evaluate(runtime.predict)["accuracy"]
+    runtime.close()
+    return accuracy
 
 
 def _predicted(network: ep.Network, clock: ep.LatencyTable) -> float:
