@@ -1,6 +1,6 @@
 """The same network cut in several ways, then the same recovery: what accuracy and what time is left.
 
-    EDGEPRESS_DATA=... python benchmarks/equal_recovery.py [--epochs 2] [--macs 0.476] [--seeds 1] [--out runs/equal-recovery]
+    EDGEPRESS_DATA=... python benchmarks/equal_recovery.py [--epochs 2] [--macs 0.476] [--seeds 1] [--cuts ...] [--out FOLDER]
 
 ResNet-56 on CIFAR-10 (93.39 %). Cut to the same multiply-accumulates (2.1 times fewer by default) by torch-pruning (global
 Taylor, inner channels only: it raises an IndexError on the padded shortcuts of the residual stream), by `Prune(macs=...)`
@@ -32,6 +32,8 @@ from edgepress.compress.pruning.cost import Latency
 from edgepress.compress.task import labelled_loss, training_batches
 from edgepress.compress.train import Precision, Schedule, fastest_precision, fit
 
+CUTS = ("torch-pruning, MACs", "Prune, MACs, one by one", "Prune, MACs", "Prune, time")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -39,7 +41,8 @@ def main() -> int:
     parser.add_argument("--macs", type=float, default=1 / 2.1, help="multiply-accumulates to keep")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", default="runs/equal-recovery")
+    parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS))
+    parser.add_argument("--out", default="runs/equal-recovery", help="files that are there already are taken as they are")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -47,23 +50,31 @@ def main() -> int:
     task = ep.load_task("resnet56-cifar10")
     original = ep.trace(task.model, task.inputs).eval()
     clock = ep.LatencyTable("litert", "int8")
-    cuts = {"torch-pruning, MACs": _torch_pruning(task, arguments.macs, original.macs())}
-    cuts["Prune, MACs, one by one"] = ep.Prune(macs=arguments.macs, multiple=1)(original, task)
-    cuts["Prune, MACs"] = ep.Prune(macs=arguments.macs)(original, task)
-    seconds = _predicted(cuts["Prune, MACs"], clock)
-    by_time = ep.Prune(ep.Fisher(), latency=f"{seconds * 1e6:.3f} us", clock=clock, depth=True, rounds=8)
-    cuts["Prune, time"] = by_time(original, task)
+    makes = {
+        CUTS[0]: lambda: _torch_pruning(task, arguments.macs, original.macs()),
+        CUTS[1]: lambda: ep.Prune(macs=arguments.macs, multiple=1)(original, task),
+        CUTS[2]: lambda: ep.Prune(macs=arguments.macs)(original, task),
+        CUTS[3]: lambda: _by_time(original, task, clock, _predicted(cuts.get(CUTS[2]) or makes[CUTS[2]](), clock)),
+    }
+    cuts: dict[str, ep.Network] = {}
+    for name in CUTS:
+        if name in arguments.cuts:
+            cuts[name] = makes[name]()
 
     precision = fastest_precision(original.copy(), next(training_batches(task, 0))[0])
     files = {("original", "fp32 onnx"): [ep.export(original, out / "original.onnx", "fp32")]}
     networks = {"original": original, **cuts}
     for name, cut in networks.items():
         for seed in range(1 if name == "original" else arguments.seeds):
-            schedule = Schedule(epochs=arguments.epochs, lr=arguments.lr, seed=seed)
-            network = cut if name == "original" else _recovered(cut, task, schedule, precision, f"{name}, seed {seed}")
-            for suffix in ("onnx", "tflite"):
-                path = out / f"{name.replace(', ', '-').replace(' ', '-')}.{seed}.int8.{suffix}"
-                files.setdefault((name, f"int8 {suffix}"), []).append(ep.export(network, path, "int8", task.calibration_batches))
+            title = f"{name}, seed {seed}"
+            paths = [out / f"{title.replace(',', '').replace(' ', '-')}.int8.{suffix}" for suffix in ("onnx", "tflite")]
+            if not all(path.exists() for path in paths):
+                schedule = Schedule(epochs=arguments.epochs, lr=arguments.lr, seed=seed)
+                network = cut if name == "original" else _recovered(cut, task, schedule, precision, title)
+                for path in paths:
+                    ep.export(network, path, "int8", task.calibration_batches)
+            for path in paths:
+                files.setdefault((name, f"int8 {path.suffix[1:]}"), []).append(ep.read_artifact(path))
 
     measured = ep.measure([of_seeds[0] for of_seeds in files.values()], device="local", threads=1)
     rows = []
@@ -103,6 +114,11 @@ def _accuracy(artifact: ep.Artifact, task: ep.Task) -> float:
     accuracy = task.evaluate(runtime.predict)["accuracy"]
     runtime.close()
     return accuracy
+
+
+def _by_time(original: ep.Network, task: ep.Task, clock: ep.LatencyTable, seconds: float) -> ep.Network:
+    prune = ep.Prune(ep.Fisher(), latency=f"{seconds * 1e6:.3f} us", clock=clock, depth=True, rounds=8)
+    return prune(original, task)
 
 
 def _predicted(network: ep.Network, clock: ep.LatencyTable) -> float:
