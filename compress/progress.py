@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 __all__ = ["bar", "silenced"]
 
@@ -39,9 +37,12 @@ def bar(title: str) -> Iterator[Update]:
     """
     if _silent:
         yield _nothing
-    elif not sys.stderr.isatty():
+    elif not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:  # a machine with a GPU may have PyTorch alone
         yield _plain_lines(title)
     else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),

@@ -143,11 +143,14 @@ def _sensitivity_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("files", nargs="+", help=".onnx and .tflite files, from edgepress or not; the first is the baseline")
+    command.add_argument(
+        "files", nargs="+", help=".onnx, .tflite and .pt2 files, from edgepress or not; the first is the baseline"
+    )
     _measuring_arguments(command)
     command.add_argument(
-        "--runtime", type=_list, metavar="LIST", help="of onnxruntime,onnxruntime:xnnpack,onnxruntime:cuda,litert,"
-        "litert:no-xnnpack,tflite-runtime,tensorflow: each file is run by each that can (default: the first installed)",
+        "--runtime", type=_list, metavar="LIST", help="of onnxruntime,onnxruntime:xnnpack,onnxruntime:cuda,onnxruntime:tensorrt,"
+        "litert,litert:no-xnnpack,tflite-runtime,tensorflow,torch,torch:inductor,torch:max-autotune,torch:cudagraphs,torch:aoti, "
+        "torch's also with :bf16 or :fp16 behind it: each file is run by each that can (default: the first installed)",
     )  # fmt: skip
     command.add_argument("--task", help="judge the files on the device by this task's data and metric")
     command.add_argument(
@@ -164,7 +167,7 @@ def _devices_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _profile_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", help="an .onnx or .tflite file, from edgepress or not")
+    command.add_argument("file", help="an .onnx, .tflite or .pt2 file, from edgepress or not")
     command.add_argument("--threads", type=_positive, default=1, metavar="N", help="of the runtime (default: 1)")
     command.add_argument("--runs", type=_positive, default=50, metavar="N", help="that the medians are over (default: 50)")
     command.add_argument("--by", choices=("step", "operator", "module"), default="step", help="what a row is (default: step)")

@@ -149,14 +149,12 @@ def devices(arguments: argparse.Namespace) -> int:
     found: dict[str, dict[str, Any]] = {}
     failed = False
     for name in arguments.names or ["local"]:
-        place = find_device(name)
         try:
-            found[name] = place.environment()
+            with contextlib.closing(find_device(name)) as place:
+                found[name] = place.environment()
         except DeviceError as error:
             failed = True
             print(f"edgepress: {error}", file=sys.stderr)
-        finally:
-            place.close()
     if arguments.json:
         _print_json(found)
     else:
@@ -319,7 +317,7 @@ def _benched(row: Benched) -> dict[str, Any]:
         "latency": {k: getattr(taken, k) for k in ("p50_ns", "p90_ns", "p99_ns", "mean_ns")},
         "per_second": taken.per_second,
         "speedup": {"value": speedup.value, "low": speedup.low, "high": speedup.high, "verdict": speedup.verdict},
-        "cold_start": {"load_ns": taken.load_ns, "first_ns": taken.first_ns},
+        "cold_start": {"load_ns": taken.load_ns, "first_ns": taken.first_ns, "compile_ns": taken.compile_ns},
         "peak_bytes": taken.peak_bytes,
         "joules": taken.joules,
         "metrics": row.metrics,

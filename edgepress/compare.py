@@ -93,7 +93,7 @@ def _pairs(artifact: Artifact, runtimes: Sequence[str]) -> list[tuple[Artifact, 
         return [(artifact, None)]
     fitting = [name for name in runtimes if name.partition(":")[0] in RUNTIMES[artifact.format]]
     if not fitting:
-        raise UserError(f"None of {', '.join(runtimes)} runs {artifact.path.name}: name one that runs .{artifact.format} files.")
+        raise UserError(f"{artifact.path.name} is run by {' or '.join(RUNTIMES[artifact.format])}, not by {', '.join(runtimes)}.")
     return [(artifact, name) for name in fitting]
 
 

@@ -85,6 +85,9 @@ def _bench_columns(rows: Sequence[Benched]) -> list[tuple[str, Callable[[Benched
         ("p99", of(lambda m: format_ms(m.p99_ns))),
         ("faster ±95 %", lambda row: "baseline" if row is baseline else _factor(row.speedup)),
     ]
+    if any(row.measurement and row.measurement.compile_ns is not None for row in rows):
+        seconds = of(lambda m: NOT_MEASURED if m.compile_ns is None else f"{m.compile_ns / 1e9:.3g} s")
+        columns.insert(5, ("compile", seconds))
     if any(row.measurement and row.measurement.joules is not None for row in rows):
         columns.append(("energy", of(lambda m: NOT_MEASURED if m.joules is None else f"{m.joules * 1e3:.3g} mJ")))
     for name in dict.fromkeys(name for row in rows for name in row.metrics or ()):

@@ -38,14 +38,14 @@ def memory_share(part: float) -> int:
     return int((memory_bytes() or 1 << 33) * part)
 
 
-def plain(text: str) -> str:
-    """A stranger's name as one short line that a terminal shows as it is.
+def plain(text: object) -> str:
+    """A stranger's words as one short line that a terminal shows as it is; the first where there are several.
 
     Example:
         >>> plain("x" + chr(27) + "[2J")
         'x[2J'
     """
-    return "".join(c for c in text[:200] if c.isprintable())
+    return "".join(c for c in str(text or "").split("\n", 1)[0][:300] if c.isprintable())
 
 
 def is_protobuf_bomb(data: bytes, descriptor: Any) -> bool:

@@ -81,6 +81,8 @@ class Measurement:
         joules: drawn by one run, by the device's own sensor, everything else on it included; None where there is no sensor.
         environment: of the device; ``other_cores`` is how many cores everything else kept busy meanwhile, ``stolen_cores`` how
             many a hypervisor took away, ``trace`` seconds, MHz and degrees Celsius after each round.
+        compile_ns: nanoseconds of ``load_ns`` and ``first_ns`` in which the runtime compiled the file (Inductor, AOTInductor,
+            TensorRT); None where it compiles nothing.
 
     Example:
         >>> from pathlib import Path
@@ -103,6 +105,7 @@ class Measurement:
     first_ns: int | None = None
     joules: float | None = None
     environment: dict[str, Any] = field(default_factory=dict, hash=False)
+    compile_ns: int | None = None
 
     @property
     def p50_ns(self) -> float:
@@ -231,6 +234,7 @@ def _measurement(job: Job, outcome: Outcome, device: str, threads: int, environm
         first_ns=outcome.first_ns,
         joules=outcome.joules / outcome.runs if outcome.joules is not None and outcome.runs else None,
         environment=environment,
+        compile_ns=outcome.compile_ns,
     )
 
 

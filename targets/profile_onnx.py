@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .agent.sessions import options_of
 from .artifact import Artifact
 from .profile import Profile, Timed, alternate, finish, join_modules, kept, typical_ns
 from .runtimes import import_runtime, open_runtime, random_feeds
@@ -66,11 +67,7 @@ def profile_onnx(artifact: Artifact, threads: int, feeds: Sequence[np.ndarray] |
 def _session(model: str | bytes, threads: int, folder: Path) -> Any:
     """A session as files are timed in, that keeps a diary and writes down what it made of the file."""
     ort = import_runtime("onnxruntime", "onnxruntime")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = options_of(ort, threads)
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     # names that the optimizer makes up change from session to session: it has to be this one
     options.optimized_model_filepath = str(folder / _OPTIMIZED)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from edgepress.compress.errors import UserError
 from edgepress.compress.network import Network
 
+from .agent.torch_session import open_program
+from .artifact import Artifact
 from .profile import Profile, Timed, alternate, check_numbers, finish, kept
+from .runtimes import open_runtime, random_feeds
 
-__all__ = ["profile_network"]
+__all__ = ["profile_network", "profile_pt2"]
 
 
 def profile_network(network: Network, threads: int = 1, feeds: Sequence[np.ndarray] | None = None, runs: int = 50) -> Profile:
@@ -40,13 +44,31 @@ def profile_network(network: Network, threads: int = 1, feeds: Sequence[np.ndarr
     check_numbers(threads, runs)
     module = network.copy().to("cpu").eval().module
     inputs = [x[:1] for x in network.example_inputs] if feeds is None else [torch.as_tensor(x) for x in feeds]
+    return _profiled("network", module, module, inputs, threads, runs)
+
+
+def profile_pt2(artifact: Artifact, threads: int, feeds: Sequence[np.ndarray] | None, runs: int) -> Profile:
+    """See `edgepress.targets.profile.profile`; ``artifact`` is a ``.pt2`` file, run eager on the CPU."""
+    arrays = list(feeds) if feeds is not None else random_feeds(artifact)
+    open_runtime(artifact, threads).run(arrays)  # what does not fit, or is not to be trusted, is refused in its words
+    program = open_program(str(artifact.path), "torch", threads)
+    if program.device.type != "cpu":  # the clock below does not wait for a GPU
+        raise UserError(f"{artifact.path.name} is profiled on the CPU: unset EDGEPRESS_TORCH_DEVICE.")
+    inputs = program.placed(arrays)
+    return _profiled(artifact.path.name, program.module, program.call_for(inputs), inputs, threads, runs)
+
+
+def _profiled(
+    subject: str, module: fx.GraphModule, call: Callable[..., Any], inputs: Sequence[Any], threads: int, runs: int
+) -> Profile:
+    """Time a graph's operators; ``call`` runs it on the same flat inputs without a clock inside."""
     clock = _Clock(module)
     with torch.no_grad(), _torch_threads(threads):
-        plain, profiled = alternate(lambda: module(*inputs), lambda: clock.timed_run(*inputs), runs)
+        plain, profiled = alternate(lambda: call(*inputs), lambda: clock.timed_run(*inputs), runs)
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     timed = [_timed_node(node, samples) for node, *samples in zip(nodes, *kept(clock.readings, runs), strict=True)]
     return finish(
-        timed, subject="network", runtime="torch", version=torch.__version__, threads=threads, runs=runs,
+        timed, subject=subject, runtime="torch", version=torch.__version__, threads=threads, runs=runs,
         plain_ns=float(np.median(plain)), profiled_ns=float(np.median(profiled)),
         method="A clock around each operator of the graph, called from Python: what PyTorch takes for a call is in it.",
     )  # fmt: skip
@@ -61,7 +83,7 @@ class _Clock(fx.Interpreter):
 
     def timed_run(self, *inputs: Any) -> None:
         self.readings.append([])
-        self.run(*inputs)
+        self.run(*inputs, enable_io_processing=False)  # inputs are flat already
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         start = time.perf_counter_ns()

@@ -130,12 +130,12 @@ def explain(fields: dict[str, Any], artifact: Artifact, device: str = "local") -
         >>> print(explain({"error": "died", "detail": "SIGSEGV"}, Artifact(Path("a.onnx"), "onnx", "fp32", (), (), "", 0)))
         a.onnx cannot be run: the runtime crashed (SIGSEGV).
     """
-    kind, detail = str(fields.get("error")), _plain(fields.get("detail"))
-    at, runtime, name = "" if device == "local" else f" on {device}", _plain(fields.get("runtime")), artifact.path
+    kind, detail = str(fields.get("error")), plain(fields.get("detail"))
+    at, runtime, name = "" if device == "local" else f" on {device}", plain(fields.get("runtime")), artifact.path
     if kind == "missing":
-        where = "here" if device == "local" else f"on {device}"
-        package = detail.split(" with ")[0]
-        return DeviceError(f"The runtime {detail} is not installed {where}: python3 -m pip install {package}")
+        where, package = "here" if device == "local" else f"on {device}", detail.split(" with ")[0]
+        what = detail if detail in ("numpy", "triton") else f"The runtime {detail}"
+        return DeviceError(f"{what} is not installed {where}: python3 -m pip install {package}")
     if kind == "fit":
         known = " or ".join(f"'{name}'" for name in RUNTIMES[artifact.format])
         return UserError(f"'{detail}' does not run {artifact.path.name}: a .{artifact.format} file is run by {known}.")
@@ -152,11 +152,6 @@ def explain(fields: dict[str, Any], artifact: Artifact, device: str = "local") -
     if kind == "clock":
         return DeviceError(f"The clock of {device} went backwards while {artifact.path.name} was timed: measure again.")
     return DeviceError(f"The agent on {device} failed with {artifact.path.name}: {kind} {detail}".rstrip() + ".")
-
-
-def _plain(text: object) -> str:
-    """One line that a terminal shows as it is, whatever a device sent."""
-    return "".join(c for c in str(text or "").split("\n", 1)[0][:300] if c.isprintable())
 
 
 def check_feeds(artifact: Artifact, feeds: Sequence[np.ndarray], size: int | None = None) -> None:

@@ -1,6 +1,8 @@
+import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +15,16 @@ import fake_runtime
 import numpy as np
 import pytest
 
+from edgepress import cli
 from edgepress.compress.errors import DeviceError, FileError, UserError
-from edgepress.targets.agent import frames
+from edgepress.targets.agent import frames, supervisor
 from edgepress.targets.agent.machine import environment
 from edgepress.targets.artifact import Artifact, Port
-from edgepress.targets.devices import Failed, Job, Taken, find_device
+from edgepress.targets.devices import Failed, Job, Taken, answers, find_device
 from edgepress.targets.devices.link import Link, Piped
 from edgepress.targets.devices.local import Local
 from edgepress.targets.measure import Measurement, Plan, measure, ratio, try_measure
+from edgepress.targets.runtimes import explain
 
 QUICK = Plan(rounds=3, min_round_s=0.002, warmup_s=0.0, timeout_s=20, wait_s=120.0)
 FEED = np.ones((1, 4), np.float32)
@@ -90,6 +94,13 @@ def test_a_name_of_a_file_must_never_reach_a_device(local, tmp_path, order):
     assert not (tmp_path / "owned").exists()
     with pytest.raises(frames.Failure, match="name"):
         local._link.ask("put", [np.zeros(1, np.uint8)], file="../evil.onnx")
+
+
+def test_a_device_that_is_none_must_not_hide_the_others(local, capsys):
+    assert cli.main(["devices", "emulated://pentium", "local", "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out)["local"]["cores"] >= 1
+    assert "There is no emulated 'pentium'" in said.err
 
 
 # ---- this computer
@@ -170,6 +181,24 @@ def test_a_runtime_that_is_missing_or_does_not_fit_must_be_named(local, order):
         assert match in str(found.error)
 
 
+def test_a_device_without_numpy_must_be_told_what_to_install(temporary, order, tmp_path):
+    (tmp_path / "path" / "numpy.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')")
+    device = Local()
+    found = device.check(job(order("double")))
+    device.close()
+    assert str(found.error) == "numpy is not installed here: python3 -m pip install numpy"
+    assert "on ssh://pi: python3 -m pip install numpy" in str(
+        explain({"error": "missing", "detail": "numpy"}, order("x"), "ssh://pi")
+    )
+
+
+def test_a_clock_that_goes_backwards_must_be_one_sentence_and_not_take_the_others_along(local, order):
+    first, jumped, last = tried([order("double"), order("clock-back", after=5), order("wait", seconds=0.0)], local)
+    assert isinstance(first, Measurement)
+    assert isinstance(last, Measurement)
+    assert str(jumped) == "The clock of local went backwards while clock-back.tflite was timed: measure again."
+
+
 def test_only_one_benchmark_may_hold_the_device(local, order):
     with local._locked(120.0):
         other = Local()
@@ -177,6 +206,28 @@ def test_only_one_benchmark_may_hold_the_device(local, order):
             tried([order("double")], other, replace(QUICK, wait_s=0.0))
         other.close()
     assert isinstance(tried([order("double")], local)[0], Measurement)
+
+
+def test_a_lock_that_cannot_be_taken_must_be_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "edgepress-device.lock").symlink_to(tmp_path / "somebody's file")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(supervisor.os.path, "isdir", lambda path: False)
+    with pytest.raises(frames.Failure, match=r"edgepress-device\.lock") as raised:
+        supervisor._lock()
+    assert not (tmp_path / "somebody's file").exists()
+    monkeypatch.undo()
+    device = scripted(f"say({ {**raised.value.fields, 'bytes': 0}!r})")
+    with pytest.raises(DeviceError, match=r"^board cannot be held for a benchmark: .*edgepress-device.lock: .*\.$"):
+        device.measure([], 1, vars(QUICK))
+    device.close()
+
+
+def test_an_emulated_device_must_be_refused_before_a_file_is_tried(order):
+    device = scripted("say({'bytes': 0, 'error': 'emulated', 'detail': 'qemu runs this process'})")
+    with pytest.raises(DeviceError, match=r"board is an emulated machine \(qemu runs this process\), and its time means nothing"):
+        device.measure([job(order("double"))], 1, vars(QUICK))
+    assert device._sent == {}
+    device.close()
 
 
 def test_an_agent_that_is_killed_must_be_one_sentence_and_leave_nothing(temporary, order):
@@ -229,18 +280,18 @@ def until(condition, seconds=10):
         time.sleep(0.05)
 
 
-def test_a_full_disk_must_be_one_sentence(temporary, order, monkeypatch):
+def test_a_full_disk_must_be_one_sentence_and_not_take_the_others_along(temporary, order, monkeypatch):
     full = temporary.parent / "full"
     full.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", full], capture_output=True).returncode:
         pytest.skip("a small file system needs root and mount")
     try:
         monkeypatch.setenv("TMPDIR", str(full))
-        device = Local()
-        big = order("double", padding="x" * 200_000)
-        with pytest.raises(DeviceError, match=r"double.tflite \(200,\d+ bytes\) does not fit on local: .* bytes are free"):
-            tried([big], device)
-        device.close()
+        small, big = order("wait", seconds=0.0), order("double", padding="x" * 200_000)
+        with contextlib.closing(Local()) as device:
+            kept, refused = tried([small, big], device)
+        assert isinstance(kept, Measurement)
+        assert re.search(r"double.tflite \(200,\d+ bytes\) does not fit on local: .* bytes are free", str(refused))
         assert list(full.iterdir()) == []
     finally:
         subprocess.run(["umount", full], check=True)
@@ -283,6 +334,12 @@ os.read(0, 1)  # of the request
         ("say({'bytes': -5})", "makes no sense"),
         ("say({'bytes': 0})", "says of itself makes no sense"),
         ("say({'bytes': 0, 'environment': {'a b': 1}})", "says of itself makes no sense"),
+        ("say({'bytes': 0, 'environment': {'load_average': 'high'}})", "says of itself makes no sense"),
+        ("say({'bytes': 0, 'environment': {'cores': '4', 'mhz': 1.0}})", "says of itself makes no sense"),
+        ("say({'bytes': 0, 'environment': {'celsius': float('nan')}})", "says of itself makes no sense"),
+        ("say({'bytes': 0, 'environment': {'trace': [[1.0, 2.0]]}})", "says of itself makes no sense"),
+        ("say({'bytes': 0, 'environment': {'packages': ['numpy']}})", "says of itself makes no sense"),
+        ("os.write(1, struct.pack('>I', 60_000) + b'[' * 60_000)", "makes no sense"),
         ("say({'bytes': 0, 'environment': {}, 'arrays': [['|O8', [1]]]})", "makes no sense"),
         ("sys.exit(3)", "lost: 3"),
     ],
@@ -292,6 +349,34 @@ def test_what_a_device_says_must_be_checked(lines, match):
     with pytest.raises(DeviceError, match=match):
         device.environment()
     device.close()
+
+
+TRIED = {"name": "litert", "version": "1", "peak_bytes": 2, "idle_bytes": 1, "load_ns": 3, "first_ns": 4, "compile_ns": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "a\x1b[2J"}, {"version": 5}, {"peak_bytes": -1}, {"load_ns": 1.5}, {"first_ns": True}, {"compile_ns": "1"}],
+)
+def test_what_a_device_says_of_a_file_must_be_checked(change):
+    assert answers.checked(TRIED).first_ns == 4
+    with pytest.raises(ValueError, match=r"no (name|count)"):
+        answers.checked({**TRIED, **change})
+
+
+@pytest.mark.parametrize(
+    ("samples", "more"),
+    [
+        (np.zeros((1, 2), np.int64), {}), (np.zeros((3, 0), np.int64), {}), (np.full((3, 2), -1), {}), (np.zeros((3, 2)), {}),
+        (np.ones((3, 2), np.int64), {"joules": float("inf")}), (np.ones((3, 2), np.int64), {"joules": -1.0}),
+        (np.ones((3, 2), np.int64), {"loops": -1}), (np.ones((3, 2), np.int64), {"runs": None}),
+    ],
+)  # fmt: skip
+def test_samples_of_a_device_must_be_checked(samples, more):
+    entry, tried_before = {"joules": 1.0, "loops": 1, "runs": 6}, answers.checked(TRIED)
+    assert answers.filled(tried_before, entry, np.ones((3, 2), np.int64)).samples_ns == ((1, 1),) * 3
+    with pytest.raises(ValueError, match="no "):
+        answers.filled(tried_before, {**entry, **more}, samples)
 
 
 def test_control_characters_of_a_device_must_not_reach_the_terminal():
@@ -312,8 +397,10 @@ def test_a_device_that_says_nothing_must_be_given_up(monkeypatch):
 
 
 def test_a_program_that_is_missing_must_be_named():
-    with pytest.raises(DeviceError, match="board cannot be reached: no-such-program does not start"):
+    with pytest.raises(DeviceError, match="board cannot be reached: there is no program no-such-program here"):
         Link("board", ["no-such-program"], lambda code, text: "")
+    with pytest.raises(DeviceError, match="board cannot be reached: /proc/self/status does not start"):
+        Link("board", ["/proc/self/status"], lambda code, text: "")
 
 
 # ---- a phone

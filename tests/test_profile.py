@@ -216,6 +216,25 @@ def test_a_network_must_be_told_in_its_own_modules(network):
     assert min(found.plain_ns, found.profiled_ns, *(row.median_ns for row in found.rows)) > 0
 
 
+def test_a_program_must_be_told_in_the_modules_it_was_exported_from(network, tmp_path):
+    found = profile(export(network, tmp_path / "net.pt2"), runs=RUNS)
+    assert (found.subject, found.runtime) == ("net.pt2", "torch")
+    assert [(row.operator, row.module) for row in found.rows] == [
+        (row.operator, row.module) for row in profile_network(network, runs=RUNS).rows
+    ]
+    assert min(found.plain_ns, *(row.median_ns for row in found.rows)) > 0
+
+
+def test_a_program_that_takes_its_inputs_by_name_must_be_told(tmp_path):
+    class Named(nn.Module):
+        def forward(self, x, *, scale):
+            return {"y": (x * scale).relu()}
+
+    torch.export.save(torch.export.export(Named(), (torch.ones(3),), {"scale": torch.ones(3)}), tmp_path / "named.pt2")
+    found = profile(read_artifact(tmp_path / "named.pt2"), runs=RUNS)
+    assert [row.operator for row in found.rows] == ["aten.mul", "aten.relu"]
+
+
 def test_a_profile_must_leave_the_number_of_threads_as_it_was(network):
     before = torch.get_num_threads()
     profile_network(network, threads=2 if before == 1 else 1, runs=3)
@@ -225,7 +244,7 @@ def test_a_profile_must_leave_the_number_of_threads_as_it_was(network):
 # ---- errors
 
 
-@pytest.mark.parametrize("name", ["a.onnx", "a.tflite"])
+@pytest.mark.parametrize("name", ["a.onnx", "a.tflite", "a.pt2"])
 def test_mistakes_must_be_named(name, network, tmp_path):
     artifact = export(network, tmp_path / name)
     with pytest.raises(UserError, match="0 threads cannot run"):

@@ -71,8 +71,12 @@ def arrays_of(header: dict[str, Any], blob: bytes) -> list[Any]:
 
     Raises:
         ValueError: they are not what the header says.
+        Failure: ``missing``: there is no numpy.
     """
-    import numpy as np
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise Failure("missing", "numpy") from error
 
     arrays, at = [], 0
     for name, shape in header["arrays"]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import time
 
 from .frames import Failure
 from .machine import version_of
@@ -29,14 +31,17 @@ class Session:
             them, gets ready, and returns a function from a number of runs to the nanoseconds that they took. None: the clock is
             put around ``run``.
         step_ns: the smallest step of that stopwatch; 0 where it is the device's clock.
-        compile_ns: tells how long the runtime has compiled so far; it is in the time of the first run.
+        compile_ns: tells how long the runtime has compiled so far, in the time of loading or of the first run; None where it
+            compiles nothing.
+        memory_bytes: tells the most memory that runs took on an accelerator; None where the process's own memory counts.
     """
 
     def __init__(self, name: str, version: str, run: Callable[[Sequence[Any]], list[Any]]):
         self.name, self.version, self.run = name, version, run
         self.stopwatch: Callable[[Sequence[Any]], Callable[[int], int]] | None = None
         self.step_ns = 0
-        self.compile_ns: Callable[[], int] = lambda: 0
+        self.compile_ns: Callable[[], int | None] = lambda: None
+        self.memory_bytes: Callable[[], int | None] = lambda: None
 
 
 def load(path: str, runtime: str | None = None, threads: int = 1) -> Session:
@@ -83,17 +88,46 @@ def _onnxruntime(path: str, option: str, threads: int) -> Session:
         raise Failure("missing", "onnxruntime") from error
     ort.disable_telemetry_events()
     provider = _provider(ort.get_available_providers(), option)
+    providers = [provider]
+    if option in ("cuda", "tensorrt"):
+        _preload(ort)
+        providers = list(dict.fromkeys([provider, _provider(ort.get_available_providers(), "cuda")]))
+    start = time.perf_counter_ns()
     with failing("load", "ONNX Runtime"), silence():
-        session = ort.InferenceSession(path, options_of(ort, threads), providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise Failure("load", f"it does not fit {provider}", runtime="ONNX Runtime")
+        session = ort.InferenceSession(path, options_of(ort, threads), providers=providers)
+    if session.get_providers()[0] != provider:  # what it leaves out did not start; operators that it lacks go to the next one
+        why = f"its {provider} does not start: a library that it needs is missing or has another version"
+        raise Failure("load", why, runtime="ONNX Runtime")
     names = [port.name for port in session.get_inputs()]
 
     def run(feeds: Sequence[Any]) -> list[Any]:
         with failing("run", "ONNX Runtime"):
             return list(session.run(None, dict(zip(names, feeds))))
 
-    return Session("onnxruntime" + (f":{option}" if option else ""), ort.__version__, run)
+    made = Session("onnxruntime" + (f":{option}" if option else ""), ort.__version__, run)
+    if option == "tensorrt":
+        _count_building(made, time.perf_counter_ns() - start)
+    return made
+
+
+def _preload(ort: Any) -> None:
+    """Let ONNX Runtime find the CUDA libraries that pip installed; what it prints of those that it misses is no help."""
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+def _count_building(session: Session, loading_ns: int) -> None:
+    """TensorRT builds its engine while a file is loaded, or in the first run where sizes are open: the two together."""
+    run, spent = session.run, [loading_ns]
+
+    def first(feeds: Sequence[Any]) -> list[Any]:
+        start = time.perf_counter_ns()
+        outputs = run(feeds)
+        spent.append(time.perf_counter_ns() - start)
+        session.run = run
+        return outputs
+
+    session.run, session.compile_ns = first, lambda: sum(spent)
 
 
 def options_of(ort: Any, threads: int) -> Any:

@@ -74,6 +74,8 @@ def _handle(
         _put(folder, header["file"], blob)
         return {"ok": True}, b""
     if do == "lock":
+        if why := emulated():  # whoever holds a device is about to take times
+            raise Failure("emulated", why)
         state["lock"] = state["lock"] or _lock()
         return {"ok": True}, b""
     if do == "unlock":
@@ -182,18 +184,21 @@ def _lock() -> int:
     """Hold the device: one benchmark at a time, also between users and hosts.
 
     Raises:
-        Failure: ``busy``.
+        Failure: ``busy``; ``lock``: the file that all of them agree on cannot be opened.
     """
     import fcntl
 
     path = os.path.join("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), "edgepress-device.lock")
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
     try:
-        fd = os.open(path, flags)  # without O_CREAT: Linux refuses that for another user's file in /tmp
-    except FileNotFoundError:
-        fd = os.open(path, flags | os.O_CREAT, 0o666)
-        with contextlib.suppress(OSError):
-            os.fchmod(fd, 0o666)
+        try:
+            fd = os.open(path, flags)  # without O_CREAT: Linux refuses that for another user's file in /tmp
+        except FileNotFoundError:
+            fd = os.open(path, flags | os.O_CREAT, 0o666)
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, 0o666)
+    except OSError as error:
+        raise Failure("lock", f"{path}: {error.strerror}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

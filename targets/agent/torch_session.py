@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
 import os
 import shutil
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
+_COMPILED = ("inductor", "max-autotune", "aoti")
 _MODES = ("", "inductor", "max-autotune", "cudagraphs", "aoti")
 _PRECISIONS = ("", "bf16", "fp16")
 _LEAST = (2, 11)
@@ -54,7 +56,8 @@ def session_of(program: Program, runtime: str) -> Session:
     """A program as the agent measures it."""
     session = Session(runtime, program.torch.__version__, program.run)
     session.stopwatch, session.compile_ns = program.stopwatch, lambda: program.compile_ns
-    session.step_ns = _EVENT_STEP_NS if program.device.type == "cuda" else 0
+    if program.device.type == "cuda":
+        session.step_ns, session.memory_bytes = _EVENT_STEP_NS, program.memory_bytes
     return session
 
 
@@ -70,7 +73,7 @@ def open_program(path: str, runtime: str, threads: int) -> Program:
         program = torch.export.load(path)
         program._guards_code = []  # never evaluated
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        return Program(torch, program, device, dtype, mode, threads, os.environ["TMPDIR"] if _ON_DEVICE else None)
+        return Program(torch, program, device, dtype, mode, threads, os.path.dirname(path) if _ON_DEVICE else None)
 
 
 def import_torch() -> Any:
@@ -107,22 +110,36 @@ def _chosen(runtime: str) -> tuple[str, str]:
 
 
 def _check_mode(mode: str, device: str) -> None:
+    """Say what is missing before minutes are spent on finding out.
+
+    Raises:
+        Failure: ``missing``, ``load``.
+    """
     if mode == "cudagraphs" and device != "cuda":
         raise Failure("load", "CUDA graphs need an NVIDIA GPU, the device 'cuda'", runtime="PyTorch")
-    if mode in ("inductor", "max-autotune", "aoti") and not any(
-        shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++")
-    ):
+    if mode not in _COMPILED:
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++")):
         raise Failure("load", f"{mode} needs a C++ compiler (g++), and there is none", runtime="PyTorch")
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise Failure("missing", "triton")
+    if device == "cuda" and mode == "aoti" and not _cuda_home():
+        why = "aoti needs the headers of the CUDA toolkit to compile for a GPU, and there is none: set CUDA_HOME to its folder"
+        raise Failure("load", why, runtime="PyTorch")
+
+
+def _cuda_home() -> str | None:
+    """Where PyTorch sees a CUDA toolkit."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME  # type: ignore[no-any-return,unused-ignore]
 
 
 def _own_folder(folder: str) -> None:
-    """On a device whatever is compiled goes where the file is: that folder is removed afterwards."""
-    if not _ON_DEVICE:
-        return
-    for name, where in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TMPDIR", "tmp")):
-        os.environ[name] = os.path.join(folder, where)
-        os.makedirs(os.environ[name], exist_ok=True)
-    tempfile.tempdir = os.environ["TMPDIR"]
+    """On a device temporary files go where the file is: that folder is removed afterwards."""
+    if _ON_DEVICE:
+        os.environ["TMPDIR"] = tempfile.tempdir = os.path.join(folder, "tmp")
+        os.makedirs(tempfile.tempdir, exist_ok=True)
 
 
 def _check_archive(torch: Any, path: str) -> None:
@@ -147,7 +164,10 @@ class Program:
         dtype: what floats are converted to; None leaves them.
         mode: one of ``_MODES``.
         threads: how many one run may use on the CPU.
-        folder: where packages are kept; a temporary one where None.
+        folder: where what is compiled is kept; temporary folders where None.
+
+    Attributes:
+        compile_ns: spent on compiling so far, the first run of what came of it included; None where nothing is compiled.
     """
 
     def __init__(self, torch: Any, program: Any, device: Any, dtype: Any, mode: str, threads: int, folder: str | None):
@@ -156,7 +176,7 @@ class Program:
         self.spec = program.call_spec.in_spec
         self.module = _module(torch, program, device, dtype)
         self.ready: dict[Any, Callable[..., Any]] = {}
-        self.compile_ns = 0
+        self.compile_ns: int | None = None
 
     def run(self, feeds: Sequence[Any]) -> list[Any]:
         """Arrays in, arrays out."""
@@ -202,16 +222,25 @@ class Program:
 
         return timed
 
+    def memory_bytes(self) -> int:
+        """The most that PyTorch had allocated on the GPU at one time, weights included; while compiling it may have been more.
+
+        A package of AOTInductor has its weights outside of PyTorch's count. Those of the program that it was made of, which stay,
+        are as many.
+        """
+        return int(self.torch.cuda.max_memory_allocated(self.device))
+
     # ---- pieces
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """How a run is made: so many threads, and nothing kept for gradients."""
+        """How a run is made: so many threads, on the device, and nothing kept for gradients."""
         before = self.torch.get_num_threads()
         if before != self.threads:
             self.torch.set_num_threads(self.threads)
+        cuda = self.device.type == "cuda"  # streams and events are the current GPU's
         try:
-            with self.torch.inference_mode():
+            with self.torch.inference_mode(), self.torch.cuda.device(self.device) if cuda else contextlib.nullcontext():
                 yield
         finally:
             if before != self.threads and not _ON_DEVICE:
@@ -232,15 +261,25 @@ class Program:
         if key not in self.ready:
             start = time.perf_counter_ns()
             with _quiet():
+                self._own_cache()
                 self.ready[key] = self._compiled(inputs)
-            self.compile_ns += (time.perf_counter_ns() - start) if self.mode else 0
+            if self.mode in _COMPILED:
+                self.compile_ns = (self.compile_ns or 0) + time.perf_counter_ns() - start
+                if self.device.type == "cuda":
+                    self.torch.cuda.reset_peak_memory_stats(self.device)  # the kernels that were tried need not stay
         return self.ready[key]
+
+    def _own_cache(self) -> None:
+        """On a device a cache for this file, mode and precision: what another one compiled would shorten the time of this one."""
+        if self.folder is not None and self.mode in _COMPILED:
+            cache = os.path.join(self.folder, f"{self.mode}-{self.dtype or 'as-is'}")
+            os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"] = cache, os.path.join(cache, "triton")
 
     def _compiled(self, inputs: Sequence[Any]) -> Callable[..., Any]:
         plain = self._flat(self.module)
         if self.mode == "cudagraphs":
             return _captured(self.torch, plain, inputs)
-        if _ON_DEVICE and self.mode:
+        if _ON_DEVICE and self.mode in _COMPILED:
             config = self.torch._inductor.config  # headers compiled beforehand pay with the second file that is compiled
             config.cpp_cache_precompile_headers = config.aot_inductor.precompile_headers = False
         if self.mode == "aoti":
@@ -308,17 +347,17 @@ def _module(torch: Any, program: Any, device: Any, dtype: Any) -> Any:
     module = program.module(check_guards=False)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    module.to(device)
-    if dtype is not None:
+    if dtype is not None:  # before they are moved: the GPU shall not hold them twice
         module.to(dtype)
+    module.to(device)
     moved = functools.partial(_moved, torch, device, dtype)
     for part in module.modules():
         if not isinstance(part, torch.fx.GraphModule):
             continue
         for name, value in list(vars(part).items()):
             if isinstance(value, torch.Tensor):
-                converted = value.to(device)
-                setattr(part, name, converted.to(dtype) if dtype and value.is_floating_point() else converted)
+                converted = value.to(dtype) if dtype and value.is_floating_point() else value
+                setattr(part, name, converted.to(device))
         for node in part.graph.nodes:
             if node.op == "call_function":
                 node.args = torch.fx.node.map_aggregate(node.args, moved)

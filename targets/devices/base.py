@@ -38,7 +38,8 @@ class Taken:
     Args:
         runtime: that ran it.
         version: of the runtime.
-        peak_bytes: most memory held by a process of its own that loads and runs the file.
+        peak_bytes: most memory held by a process of its own that loads and runs the file; on a GPU that of the GPU, None where
+            the runtime does not tell it.
         idle_bytes: the same process before it loaded the runtime and the file.
         load_ns: nanoseconds to load the file there, the runtime's library being loaded already.
         first_ns: nanoseconds of its first run.
@@ -46,18 +47,20 @@ class Taken:
         loops: runs that each sample is the mean of.
         runs: how many runs were timed in all.
         joules: drawn during those; None where there is no sensor.
+        compile_ns: nanoseconds of those two that the runtime compiled; None where it compiles nothing.
     """
 
     runtime: str
     version: str
-    peak_bytes: int
-    idle_bytes: int
+    peak_bytes: int | None
+    idle_bytes: int | None
     load_ns: int
     first_ns: int
     samples_ns: tuple[tuple[int, ...], ...] = ()
     loops: int = 1
     runs: int = 0
     joules: float | None = None
+    compile_ns: int | None = None
 
 
 @dataclass(frozen=True)

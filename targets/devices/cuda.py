@@ -15,7 +15,7 @@ from typing import Any
 from edgepress.compress.errors import DeviceError, UserError
 
 from ..artifact import Artifact
-from .base import Failed, Job, Outcome
+from .base import Failed, Job, Outcome, Taken
 from .link import BOOT, Link, Piped, _Far
 
 __all__ = ["Cuda", "cuda"]
@@ -88,13 +88,20 @@ class Cuda(Piped):
             runtime = _on_gpu(job.artifact, job.runtime)
         except UserError as error:
             return Failed(error)
-        return super().check(dataclasses.replace(job, runtime=runtime), threads, timeout_s)
+        outcome = super().check(dataclasses.replace(job, runtime=runtime), threads, timeout_s)
+        if isinstance(outcome, Taken) and job.artifact.format == "onnx":  # that was the host's memory, not the GPU's
+            return dataclasses.replace(outcome, peak_bytes=None, idle_bytes=None)
+        return outcome
 
     def measure(
         self, jobs: Sequence[Job], threads: int, plan: dict[str, Any], progress: Callable[[float], None] = lambda _: None
     ) -> tuple[list[Outcome], dict[str, Any]]:
-        """See `Device.measure`; ``gpu_after`` is what the GPU's sensors said when it was over."""
-        outcomes, seen = super().measure(jobs, threads, plan, progress)
+        """See `Device.measure`; ``gpu_after`` is what the GPU's sensors said when it was over.
+
+        Energy is not measured: the agent's sensors are the CPU's.
+        """
+        found, seen = super().measure(jobs, threads, plan, progress)
+        outcomes = [dataclasses.replace(taken, joules=None) if isinstance(taken, Taken) else taken for taken in found]
         return outcomes, {**seen, "gpu_after": _sensors(self._found.get("uuid", ""))}
 
     def open(self, artifact: Artifact, threads: int = 1, runtime: str | None = None) -> _Far:

@@ -25,6 +25,7 @@ from ..agent.supervisor import FILE_NAME
 from ..artifact import Artifact
 from ..limits import plain
 from ..runtimes import check_feeds, explain, predict
+from . import answers
 from .base import Failed, Job, Outcome, Taken
 
 __all__ = ["BOOT", "Link", "Piped", "Prober"]
@@ -69,6 +70,9 @@ class Link:
             self._process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, start_new_session=True
             )
+        except FileNotFoundError as error:
+            self._stderr.close()
+            raise DeviceError(f"{name} cannot be reached: there is no program {command[0]} here. Install it first.") from error
         except OSError as error:
             self._stderr.close()
             raise DeviceError(f"{name} cannot be reached: {command[0]} does not start ({error.strerror or error}).") from error
@@ -129,7 +133,7 @@ class Link:
             raise DeviceError(self._lost()) from error
         except TimeoutError as error:
             raise DeviceError(f"The connection to {self.name} was lost: nothing came from it for {_SILENCE_S:.0f} s.") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DeviceError(f"What {self.name} sent makes no sense, so it was not believed: is its python3 changed?") from error
 
     def _lost(self) -> str:
@@ -199,7 +203,7 @@ class Piped:
     def environment(self) -> dict[str, Any]:
         """What timings depend on there."""
         answer, _ = self._link.ask("hello")
-        return _environment(answer, self.name)
+        return answers.environment(answer, self.name)
 
     def check(self, job: Job, threads: int = 1, timeout_s: float = 120.0) -> Outcome:
         """See `Device.check`."""
@@ -207,12 +211,9 @@ class Piped:
             check_feeds(job.artifact, job.feeds)
             answer, _ = self._link.ask(
                 "check", job.feeds, worker=0, file=self._put(job.artifact), runtime=job.runtime, threads=threads, runs=3,
-                timeout_s=timeout_s,
+                timeout_s=timeout_s * _patience(job.runtime),
             )  # fmt: skip
-            return Taken(
-                runtime=_word(answer["name"]), version=_word(answer["version"]), peak_bytes=_count(answer["peak_bytes"]),
-                idle_bytes=_count(answer["idle_bytes"]), load_ns=_count(answer["load_ns"]), first_ns=_count(answer["first_ns"]),
-            )  # fmt: skip
+            return answers.checked(answer)
         except frames.Failure as failure:
             return Failed(explain(failure.fields, job.artifact, self.name))
         except FileError as error:
@@ -227,7 +228,7 @@ class Piped:
         self, jobs: Sequence[Job], threads: int, plan: dict[str, Any], progress: Callable[[float], None] = lambda _: None
     ) -> tuple[list[Outcome], dict[str, Any]]:
         """See `Device.measure`."""
-        with self._locked(plan["wait_s"]):
+        with self._locked(plan["wait_s"]):  # which an emulated device refuses, before any file is tried
             outcomes: list[Outcome] = [self.check(job, threads, plan["timeout_s"]) for job in jobs]
             while True:
                 alive = [i for i, outcome in enumerate(outcomes) if not isinstance(outcome, Failed)]
@@ -256,6 +257,8 @@ class Piped:
                 self._link.ask("lock")
                 break
             except frames.Failure as failure:
+                if failure.fields["error"] != "busy":
+                    raise DeviceError(_not_held(failure.fields, self.name)) from failure
                 if time.monotonic() > end:
                     raise DeviceError(
                         f"{self.name} is busy: another benchmark has held it for more than {wait_s:.0f} s. Wait until it has "
@@ -286,7 +289,7 @@ class Piped:
         except OSError as error:
             raise FileError(f"Cannot read {path}: {error.strerror or error}.") from error
         except frames.Failure as failure:
-            raise DeviceError(_no_room(failure.fields, artifact, self.name)) from failure
+            raise FileError(_no_room(failure.fields, artifact, self.name)) from failure
         self._sent[artifact.sha256 or str(number)] = f"{number}/{main}"
         return f"{number}/{main}"
 
@@ -310,20 +313,17 @@ class Piped:
             if isinstance(outcome := outcomes[i], Taken)
         ]
         feeds = [feed for i in alive for feed in jobs[i].feeds]
-        limit = plan["timeout_s"] * len(alive) + 2 * (plan["budget_s"] + plan["sustained_s"])
+        limit = plan["timeout_s"] * sum(_patience(jobs[i].runtime) for i in alive) + 2 * (plan["budget_s"] + plan["sustained_s"])
         try:
             answer, samples = self._link.ask(
                 "measure", feeds, event, worker=1, files=files, threads=threads, plan=plan, timeout_s=limit
             )
             for i, entry, taken in zip(alive, answer["files"], samples, strict=True):
-                outcomes[i] = _filled(outcomes[i], entry, taken)
-            return _environment({"environment": answer["seen"]}, self.name)
+                outcomes[i] = answers.filled(outcomes[i], entry, taken)
+            return answers.environment({"environment": answer["seen"]}, self.name)
         except frames.Failure as failure:
             if failure.fields["error"] == "emulated":
-                raise DeviceError(
-                    f"{self.name} is an emulated machine ({failure.fields['detail']}), and its time means nothing: files can be "
-                    "checked there, and instructions counted, but not timed."
-                ) from failure
+                raise DeviceError(_not_held(failure.fields, self.name)) from failure
             culprit = alive[turn[0]]
             outcomes[culprit] = Failed(explain(failure.fields, jobs[culprit].artifact, self.name))
             return None
@@ -344,7 +344,7 @@ class _Far:
         self.artifact, self._device, self._worker = artifact, device, _Far._last
         file = device._put(artifact)
         answer, _ = self._ask("open", file=file, runtime=runtime, threads=threads)
-        self.name, self.version = _word(answer["name"]), _word(answer["version"])
+        self.name, self.version = answers.word(answer["name"]), answers.word(answer["version"])
 
     def _ask(self, do: str, arrays: Sequence[np.ndarray] = (), **fields: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
         try:
@@ -405,14 +405,14 @@ class Prober:
         contents = [np.frombuffer(content, np.uint8) for content, _ in files]
         whole = [bool(w) for _, w in files]
         answer = self._ask("probe", contents, format=self._format, threads=self._threads, whole=whole)
-        seconds = [None if s is None else _amount(s) for s in answer["seconds"]]
+        seconds = [None if s is None else answers.amount(s) for s in answer["seconds"]]
         first, self._count = self._count, self._count + len(files)
         return list(zip(range(first, self._count), seconds, strict=True))
 
     def times(self, numbers: Sequence[int]) -> list[float]:
         """Nanoseconds of one run of each, by turns; the files are forgotten then."""
         self._count = 0
-        found = [_amount(ns) for ns in self._ask("times", files=list(numbers))["ns"]]
+        found = [answers.amount(ns) for ns in self._ask("times", files=list(numbers))["ns"]]
         if len(found) != len(numbers):
             raise DeviceError(f"What {self._device.name} sent makes no sense, so it was not believed.")
         return found
@@ -423,58 +423,6 @@ class Prober:
         except frames.Failure as failure:
             kind, detail = failure.fields["error"], failure.fields["detail"]
             raise DeviceError(f"Layers cannot be timed on {self._device.name}: {kind} {detail}".rstrip() + ".") from failure
-
-
-# ---- what a device says is checked before it is believed
-
-
-def _amount(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e15:
-        raise DeviceError("A time that a device sent makes no sense, so it was not believed.")
-    return float(value)
-
-
-def _filled(taken: Outcome, entry: dict[str, Any], samples: np.ndarray) -> Taken:
-    assert isinstance(taken, Taken)
-    if samples.dtype != np.int64 or samples.ndim != 2 or len(samples) < 2 or not samples.size or samples.min() < 0:
-        raise ValueError("no samples")
-    rounds = tuple(map(tuple, samples.tolist()))
-    joules = entry["joules"]
-    if joules is not None and not (isinstance(joules, int | float) and 0 <= joules < 1e9):
-        raise ValueError("no energy")
-    return Taken(
-        **{**vars(taken), "samples_ns": rounds, "loops": _count(entry["loops"]), "runs": _count(entry["runs"]), "joules": joules}
-    )
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
-        raise ValueError("no count")
-    return value
-
-
-def _word(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.:+ -]{1,80}", value):
-        raise ValueError("no name")
-    return value
-
-
-def _environment(answer: dict[str, Any], device: str) -> dict[str, Any]:
-    found = answer.get("environment")
-    if not isinstance(found, dict) or not all(isinstance(key, str) and key.isidentifier() for key in found):
-        raise DeviceError(f"What {device} says of itself makes no sense, so it was not believed.")
-    return {"device": device, **{key: _tame(value) for key, value in found.items()}}
-
-
-def _tame(value: Any) -> Any:
-    """Plain values without control characters: they end up on a terminal and in a report."""
-    if isinstance(value, str):
-        return "".join(c for c in value[:500] if c.isprintable())
-    if isinstance(value, list):
-        return [_tame(item) for item in value[:100_000]]
-    if isinstance(value, dict):
-        return {str(_tame(str(key))): _tame(item) for key, item in value.items()}
-    return value if value is None or isinstance(value, bool | int | float) else None
 
 
 def _beside(artifact: Artifact, main: str) -> dict[str, Path]:
@@ -488,6 +436,21 @@ def _beside(artifact: Artifact, main: str) -> dict[str, Path]:
                 f"onnx.save(onnx.load('{path}'), 'joined.onnx')."
             )
     return named
+
+
+def _patience(runtime: str | None) -> int:
+    """How many times as long a file may take that is compiled there first."""
+    return 10 if {"inductor", "max-autotune", "aoti", "tensorrt"} & set((runtime or "").split(":")) else 1
+
+
+def _not_held(fields: dict[str, Any], device: str) -> str:
+    detail = plain(fields.get("detail"))
+    if fields["error"] == "emulated":
+        return (
+            f"{device} is an emulated machine ({detail}), and its time means nothing: files can be checked there, and "
+            "instructions counted, but not timed."
+        )
+    return f"{device} cannot be held for a benchmark: {detail}. Its owner, or root, may remove that file."
 
 
 def _no_room(fields: dict[str, Any], artifact: Artifact, device: str) -> str:
