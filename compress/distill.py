@@ -29,9 +29,12 @@ from .passes import describe
 from .task import Task, labelled_loss, training_batches
 from .teacher import Teacher, TeacherSource, check_teacher, fingerprint, open_teacher, teacher_network
 from .teacher_cache import Remembered, outputs_folder
-from .train import Precision, Schedule, fastest_precision, fit
+from .train import BatchLoss, Precision, Schedule, fastest_precision, fit
 
-__all__ = ["Distill", "logit_distillation", "output_distance", "output_distillation"]
+__all__ = ["Distill", "automatic", "blended", "logit_distillation", "output_distance", "output_distillation"]
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+_UNNORMALISED = 0.01  # from the table in docs/training.md
 
 Imitation = Literal["auto", "logits", "decoupled", "tokens", "outputs", "detection"]
 
@@ -48,8 +51,8 @@ class Distill(Schedule):
         loss: how outputs are compared, each a function in `losses`: 'logits' (Hinton et al. 2015), 'decoupled' (Zhao et al.
             2022; without labels the teacher's first choice is the target), 'tokens' (classes along the last axis, padding left
             out: by an input called ``attention_mask``, or where the targets are -100), 'outputs' (every output, in units of the
-            teacher's variance), 'detection' (boxes and scores). 'auto' is 'logits' for a task without a loss of its own, else
-            'outputs'.
+            teacher's variance), 'detection' (boxes and scores). 'auto' is 'logits' for one tensor of logits and a task without a
+            loss of its own, else 'outputs'.
         temperature: softens both sides' probabilities.
         labels: weight of the task's own loss where there are labels, from 0 (teacher alone) to 1 (labels alone).
         alpha: of 'decoupled': weight of the target class's part.
@@ -67,6 +70,7 @@ class Distill(Schedule):
             training, where an example's last bits may depend on the others of its batch.
         precision: how steps compute; the fastest on this machine where None.
         checkpoint: a file to go on from after an interruption.
+        lr: as in `Schedule`; where None, 'sgd' has 0.05 for a network with batch normalisation and 0.01 for one without.
     """
 
     loss: Imitation = "auto"
@@ -101,27 +105,19 @@ class Distill(Schedule):
         student = network.copy().eval()
         inputs, targets = next(training_batches(task, 0))
         precision = self.precision or self._fastest(student, inputs)
+        schedule = replace(self, lr=_rate(self, student))
         with _lesson(self, student, task, precision, inputs) as lesson:
-
-            def loss(outputs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
-                if targets is None or self.labels == 0:
-                    return lesson.imitation(outputs, inputs, targets, 1.0)
-                hard = self.labels * labelled_loss(task, outputs, targets)
-                if self.labels == 1 and not lesson.pairs:
-                    return hard
-                return hard + lesson.imitation(outputs, inputs, targets, 1 - self.labels)
-
             found = fit(
                 student,
                 task,
-                loss,
-                replace(self, compile=self.compile and not lesson.pairs),  # a compiled graph shows no inner tensors
+                blended(task, self.labels, lesson.imitation, always=bool(lesson.pairs)),
+                replace(schedule, compile=self.compile and not lesson.pairs),  # a compiled graph shows no inner tensors
                 precision=precision,
                 checkpoint=self.checkpoint,
                 extra=lesson.projections.values(),
                 title="Distill",
             )
-        found |= {"labelled": targets is not None and self.labels > 0, **lesson.found}
+        found |= {"labelled": targets is not None and self.labels > 0, "lr": schedule.peak, **lesson.found}
         return student.then(**{"pass": "Distill"}, **self._described(), found=found)
 
     def _fastest(self, student: Network, inputs: tuple[Tensor, ...]) -> Precision:
@@ -133,6 +129,45 @@ class Distill(Schedule):
         """The configuration; of the teacher, the file that it came from."""
         named = {"teacher": str(self.teacher)} if isinstance(self.teacher, str | Path) else {}
         return {name: value for name, value in describe(self).items() if name != "teacher"} | named
+
+
+Imitate = Callable[[Any, tuple[Tensor, ...], Any, float], Tensor]
+"""The outputs, inputs and targets of a batch, and the weight of what is imitated of the outputs, to the loss."""
+
+
+def blended(task: Task, labels: float, imitation: Imitate, *, always: bool = False) -> BatchLoss:
+    """The loss of a pass with a teacher: ``labels`` of the task's own and the rest imitation; without labels imitation alone.
+
+    Args:
+        task: its loss is taken.
+        labels: weight of the task's own loss, from 0 to 1.
+        imitation: of the teacher, weighted already; not asked where its weight is 0.
+        always: ask it then, too: it has a part whose weight is another.
+
+    Example:
+        >>> import torch
+        >>> task = Task(torch.nn.Identity(), torch.ones(1, 2), lambda predict: {}, "a", loss=lambda y, t: (y - t).sum())
+        >>> loss = blended(task, 0.25, lambda outputs, inputs, targets, part: torch.tensor(8.0 * part))
+        >>> float(loss(torch.tensor([5.0]), (), torch.tensor([1.0]))), float(loss(torch.tensor([5.0]), (), None))
+        (7.0, 8.0)
+    """
+
+    def loss(outputs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
+        if targets is None or labels == 0:
+            return imitation(outputs, inputs, targets, 1.0)
+        hard = labels * labelled_loss(task, outputs, targets)
+        if labels == 1 and not always:
+            return hard
+        return hard + imitation(outputs, inputs, targets, 1 - labels)
+
+    return loss
+
+
+def _rate(schedule: Schedule, network: Network) -> float | None:
+    """The learning rate that is given; where none is, steps of 'sgd' are shorter without batch normalisation."""
+    if schedule.lr is not None or schedule.optimizer != "sgd":
+        return schedule.lr
+    return None if network.module.graph.find_nodes(op="call_function", target=_BATCH_NORM) else _UNNORMALISED
 
 
 # ---- the teacher at work
@@ -149,7 +184,7 @@ class _Lesson:
         found: for the history; complete when the lesson is over.
     """
 
-    imitation: Callable[[Any, tuple[Tensor, ...], Any, float], Tensor]
+    imitation: Imitate
     pairs: list[tuple[Place, Place]]
     projections: dict[str, nn.Parameter]
     found: dict[str, Any]
@@ -244,8 +279,30 @@ Look = Callable[[Any, Any, tuple[Tensor, ...], Any], Tensor]
 
 
 def _look(distill: Distill, student: Network, task: Task, outputs: Any) -> Look:
-    kind = distill.loss if distill.loss != "auto" else "logits" if task.loss is None else "outputs"
-    return _IMITATIONS[kind](distill, student, outputs)
+    if distill.loss == "auto":
+        return automatic(task, outputs, distill.temperature)
+    return _IMITATIONS[distill.loss](distill, student, outputs)
+
+
+def automatic(task: Task, outputs: Any, temperature: float) -> Look:
+    """How outputs are compared where nobody says: as logits where that is what they are, else each in its own units.
+
+    Args:
+        task: one without a loss of its own is taken to classify.
+        outputs: of the student, for a batch; logits are the one tensor of real numbers with an axis of classes.
+        temperature: of the logits.
+
+    Example:
+        >>> import torch
+        >>> task = Task(torch.nn.Identity(), torch.ones(1, 2), lambda predict: {}, "a")
+        >>> a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 1.0]])
+        >>> [round(float(automatic(task, y, 1.0)(y, wanted, (), None)), 2) for y, wanted in ((a, b), ((a, a), (b, b)))]
+        [0.0, 1.0]
+    """
+    found = floats(outputs)
+    if task.loss is None and len(found) == 1 and found[0].dim() >= 2:
+        return lambda mine, theirs, inputs, targets: logit_distillation(only(mine), only(theirs), temperature)
+    return lambda mine, theirs, inputs, targets: output_distillation(mine, theirs)
 
 
 def _logits(distill: Distill, student: Network, outputs: Any) -> Look:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .distill import logit_distillation, output_distillation
+from .distill import automatic, blended
 from .errors import RecipeError, UserError
 from .fake import faked, learned_ranges, on_grid, points, weights
 from .fold import folded
@@ -18,8 +18,8 @@ from .network import Network, retrace, trace
 from .passes import describe
 from .quantization import Numbers, Quantization, quantization
 from .rounding import grid_scale
-from .task import Task, input_batches, labelled_loss, training_batches
-from .train import Precision, Schedule, fit
+from .task import Task, input_batches, training_batches
+from .train import BatchLoss, Precision, Schedule, fit
 
 __all__ = ["Quantize", "calibrated", "fake_quantized", "trained_ranges"]
 
@@ -96,19 +96,13 @@ class Quantize(Schedule):
         ranges = {name: list(learned[leader]) for name, leader in points(plain, self.how).items()}
         return plain.then(**{"pass": "Quantize"}, **describe(self), found={**found, "ranges": ranges})
 
-    def _loss(self, teacher: Network, task: Task) -> Any:
-        def loss(outputs: Any, inputs: tuple[Tensor, ...], targets: Any) -> Tensor:
+    def _loss(self, teacher: Network, task: Task) -> BatchLoss:
+        def imitation(outputs: Any, inputs: tuple[Tensor, ...], targets: Any, part: float) -> Tensor:
             with torch.no_grad():
                 wanted = teacher(*inputs)
-            if task.loss is None and isinstance(outputs, Tensor) and outputs.dim() >= 2:
-                soft = logit_distillation(outputs, wanted, self.temperature)
-            else:
-                soft = output_distillation(outputs, wanted)
-            if targets is None or self.labels == 0:
-                return soft
-            return (1 - self.labels) * soft + self.labels * labelled_loss(task, outputs, targets)
+            return part * automatic(task, outputs, self.temperature)(outputs, wanted, inputs, targets)
 
-        return loss
+        return blended(task, self.labels, imitation)
 
 
 def calibrated(network: Network, how: Quantization, batches: Iterator[tuple[Tensor, ...]]) -> dict[str, Range]:

@@ -30,7 +30,7 @@ from .schedule import Schedule
 from .task import Task, epoch_length, score, training_batches
 from .training_log import Note, open_log
 
-__all__ = ["Precision", "Schedule", "fastest_precision", "fit", "hold_zeros"]
+__all__ = ["BatchLoss", "Precision", "Schedule", "fastest_precision", "fit", "hold_zeros"]
 
 BatchLoss = Callable[[Any, tuple[Tensor, ...], Any], Tensor]
 """(the network's outputs, the batch's inputs, its targets or None) to a scalar."""
@@ -298,6 +298,12 @@ class _Run:
         inputs, targets = self._own(inputs, targets)
         with self.precision.autocast(self.network.device):
             outputs = self.forward(*inputs)
+        if len(inputs[0]) == 1 and any(bool(b.isnan().any()) for b in self.network.module.buffers()):
+            self._take_back()
+            raise TaskError(
+                "A batch of a single example has no variance for batch normalisation to learn: leave it out of the training "
+                "batches (drop_last=True in a DataLoader), or give larger ones."
+            )
         part = self.loss(outputs, inputs, targets) * (len(inputs[0]) / examples)
         self.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         return part.detach()
@@ -315,15 +321,19 @@ class _Run:
             for batch in batches:
                 where = where or trouble(self.network, self._own(*batch)[0])
         where = self.world.gathered(where) or f"the {what} as a whole"
-        with torch.no_grad():
-            for tensor, good in zip(self.network.tensors(), self.good[1], strict=True):
-                tensor.copy_(good)
-        self.network.eval()
+        self._take_back()
         raise TaskError(
             f"The {what} is {value} at step {self.at.updates + 1} of epoch {self.at.epoch + 1}, and the first that is not finite "
             f"is {where}. The network has its weights of {self.good[0]} steps again: lower the learning rate (lr), or look for "
             "extreme values in the training data."
         )
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Give the network the last good weights."""
+        for tensor, good in zip(self.network.tensors(), self.good[1], strict=True):
+            tensor.copy_(good)
+        self.network.eval()
 
     # ---- judging
 

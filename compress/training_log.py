@@ -74,7 +74,7 @@ def _table(path: Path, count: int) -> Iterator[Note]:
 
 
 def _unwritable(path: Path, error: OSError) -> FileError:
-    return FileError(f"Cannot write the log {path}: {error.strerror or error}; give another file.")
+    return FileError(f"Cannot write the log {path}: {error.strerror or error}; make room or give another place.")
 
 
 @contextlib.contextmanager
@@ -91,9 +91,12 @@ def _tensorboard(folder: Path, steps: int) -> Iterator[Note]:
         raise _unwritable(folder, error) from error
 
     def note(row: dict[str, Any]) -> None:
-        for name in ("lr", "loss", "metric"):
-            if row.get(name) is not None:
-                writer.add_scalar(name, row[name], row["step"])
+        try:
+            for name in ("lr", "loss", "metric"):
+                if row.get(name) is not None:
+                    writer.add_scalar(name, row[name], row["step"])
+        except OSError as error:
+            raise _unwritable(folder, error) from error
 
     with contextlib.closing(writer):
         yield note

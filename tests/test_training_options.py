@@ -1,16 +1,22 @@
 import csv
+import errno
 import importlib.util
 import math
+import os
 import re
+import sys
 import time
+import types
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from edgepress.compress.average import Average
 from edgepress.compress.errors import FileError, RecipeError, TaskError
+from edgepress.compress.features import places, watched
 from edgepress.compress.mixing import mixed
 from edgepress.compress.network import trace
 from edgepress.compress.nonfinite import trouble
@@ -216,14 +222,73 @@ def test_log_that_cannot_be_written_is_a_sentence(tmp_path):
         pass
 
 
-def test_tensorboard_without_tensorboard_is_a_sentence(tmp_path):
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(RecipeError, match="pip install tensorboard, or log to a"), open_log(tmp_path / "board"):
-            pass
-    else:
-        with open_log(tmp_path / "board") as note:
-            note({"step": 1, "loss": 0.5, "lr": 0.1, "metric": None})
-        assert list((tmp_path / "board").glob("events*"))
+class Writer:
+    """In place of TensorBoard's."""
+
+    def __init__(self, folder, purge_step=None):
+        self.folder, self.purge_step, self.noted, self.closed = folder, purge_step, [], False
+
+    def add_scalar(self, name, value, step):
+        self.noted.append((name, value, step))
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def writers(monkeypatch):
+    made = []
+
+    def writer(*arguments, **options):
+        made.append(Writer(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
+    return made
+
+
+def test_tensorboard_gets_what_the_table_gets(task, network, tmp_path, writers):
+    folder = tmp_path / "board"
+    found = train(network.copy(), task, epochs=3, patience=5, log=str(folder))
+    train(network.copy(), task, epochs=3, patience=5, log=str(tmp_path / "log.csv"))
+    (writer,) = writers
+    assert (writer.folder, writer.purge_step, writer.closed) == (str(folder), None, True)
+    for name in ("lr", "loss", "metric"):
+        rows = [(float(r[name]), int(r["step"])) for r in table(tmp_path / "log.csv") if r[name]]
+        assert [(value, step) for n, value, step in writer.noted if n == name] == [(pytest.approx(v), s) for v, s in rows]
+    assert max(value for name, value, _ in writer.noted if name == "metric") == found["best"]
+
+
+def test_tensorboard_drops_what_an_interrupted_run_noted_after_its_checkpoint(tmp_path, writers):
+    with pytest.raises(KeyboardInterrupt), open_log(tmp_path, rows=4, steps=30):
+        raise KeyboardInterrupt
+    assert (writers[0].purge_step, writers[0].closed) == (31, True)
+
+
+def test_tensorboard_on_a_full_disk_is_a_sentence(tmp_path, writers, monkeypatch):
+    def full(*noted):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Writer, "add_scalar", full)
+    with (
+        pytest.raises(FileError, match=r"Cannot write the log .*: No space left on device; make room"),
+        open_log(tmp_path) as note,
+    ):
+        note({"step": 1, "loss": 0.5})
+
+
+def test_tensorboard_without_tensorboard_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it is an ImportError
+    with pytest.raises(RecipeError, match=r"pip install tensorboard, or log to a \.csv file"), open_log(tmp_path / "board"):
+        pass
+    assert not (tmp_path / "board").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="TensorBoard is not installed")
+def test_tensorboard_itself_is_written(tmp_path):
+    with open_log(tmp_path / "board") as note:
+        note({"step": 1, "loss": 0.5, "lr": 0.1, "metric": None})
+    assert list((tmp_path / "board").glob("events*"))
 
 
 # ---- what is not finite
@@ -270,6 +335,20 @@ def test_loss_that_is_not_finite_gives_the_last_good_weights_back(task, network)
     assert not network.training
 
 
+def test_batch_of_one_example_must_not_spoil_the_statistics():
+    x, y = torch.randn(9, 6), torch.randint(0, 3, (9,))
+    task = linear_task([(x[:8], y[:8]), (x[8:], y[8:])])
+    network = trace(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), torch.zeros(1, 6))
+    before = [p.detach().clone() for p in network.parameters()]
+    with pytest.raises(TaskError, match=r"batch of a single example has no variance .*drop_last=True"):
+        train(network, task)
+    assert same(list(network.parameters()), before)
+    assert all(t.isfinite().all() for t in network.tensors())
+    assert not network.training
+    plain = trace(nn.Linear(6, 3), torch.zeros(1, 6))
+    assert train(plain, task)["steps"] == 2
+
+
 # ---- how steps compute
 
 
@@ -282,6 +361,51 @@ def test_twin_shares_weights_and_statistics(task, network):
     assert not same(before, weights(network))  # the running statistics moved
     network.eval()
     assert not same(before, weights(network))
+
+
+class Activations(nn.Module):
+    """ReLUs whose inputs nobody else reads, and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Conv2d(1, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = F.relu(self.norm(self.a(x)))  # own
+        z = self.b(y)
+        z = F.relu(z) + z  # the sum reads it, too
+        y = F.relu(torch.sigmoid(y) + z)  # own: a sum
+        y = F.relu(torch.tanh(y))  # the backward pass of tanh reads what it gave
+        y = F.relu(y.flatten(1))  # a view of what another operator reads
+        return self.c(F.relu(x.flatten(1)[:, :4] + y[:, :4]))  # own
+
+
+def test_twin_overwrites_only_what_nobody_else_reads():
+    torch.manual_seed(0)
+    network = trace(Activations(), torch.zeros(1, 1, 4, 4)).train()
+    shared = twin(network)
+    kinds = [node.target for node in shared.graph.nodes if node.name.startswith("relu")]
+    own, others = torch.ops.aten.relu_.default, torch.ops.aten.relu.default
+    assert kinds == [own, others, own, others, others, own]
+    x, results = torch.randn(6, 1, 4, 4), []
+    for call in (network, shared):
+        for parameter in network.parameters():
+            parameter.grad = None
+        outputs = call(x)
+        outputs.square().sum().backward()
+        results.append([outputs, *(parameter.grad for parameter in network.parameters())])
+    assert same(*results)
+    assert all(gradient.abs().max() > 0 for gradient in results[0])
+    assert own not in {node.target for node in network.module.graph.nodes}
+
+
+def test_twin_leaves_what_is_watched():
+    network = trace(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), torch.zeros(1, 1, 4, 4)).train()
+    x = torch.randn(3, 1, 4, 4)
+    with watched(network, [places(network)["0"]]) as seen:
+        twin(network)(x)
+        assert torch.equal(seen["0"], F.conv2d(x, *network.parameters()))
+        assert seen["0"].min() < 0
 
 
 def test_compiling_that_fails_leaves_steps_as_they_are(network, monkeypatch):
