@@ -1,4 +1,5 @@
-"""Tiny networks of many kinds to judge pruning and exporting by; those of the `transformers` library are in `zoo_transformers`.
+"""Tiny networks of many kinds to judge pruning and exporting by; more are in `zoo_more`, those of the `transformers` library in
+`zoo_transformers`.
 
 Each entry of `ZOO` makes (network in evaluation mode, example inputs ``[2, ...]``), the same ones every time. Weights and
 statistics are random, normalisations included: what is neutral hides mistakes.
@@ -11,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+import zoo_more
 import zoo_transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -933,7 +935,7 @@ def _amplify(weight: Tensor) -> None:
 @torch.no_grad()
 def _measure(model: nn.Module, inputs: Inputs) -> None:
     """Give batch normalisations nearly the statistics of these inputs, in place."""
-    norms = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
+    norms = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor) and hasattr(m, "momentum")]
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.train().momentum = 1.0
@@ -957,5 +959,6 @@ def resized(inputs: Inputs, n: int) -> Inputs:
 
 
 ZOO: dict[str, Callable[[], Built]] = {
-    name: functools.partial(built, make, inputs) for name, (make, inputs) in {**_HAND, **zoo_transformers.TABLE}.items()
+    name: functools.partial(built, make, inputs)
+    for name, (make, inputs) in {**_HAND, **zoo_more.TABLE, **zoo_transformers.TABLE}.items()
 }

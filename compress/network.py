@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import traceback
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -29,11 +28,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
+from .counting import count_macs, count_node_macs
 from .errors import FileError, TraceError, UserError
 from .modes import set_mode
 from .programs import check_program
+from .refusals import advice, first_line, given_inputs, user_line
 from .regions import inline_regions
 from .surgery import Plan
 from .task import misfit
@@ -186,22 +186,16 @@ class Network:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def macs(self) -> int:
-        """Multiply-accumulate operations for one example, of convolutions, matrix products and attention (torch's counter)."""
-        device = self.device
-        one = [x[:1].to(device) for x in self.example_inputs]
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            self.module(*one)
-        return counter.get_total_flops() // 2
+        """Multiply-accumulates for one example, of convolutions, matrix products, recurrent layers and attention."""
+        return count_macs(self.module, self._one())
 
     def node_macs(self) -> dict[str, int]:
         """Multiply-accumulates of one example by graph node; nodes without any are left out."""
+        return count_node_macs(self.module, self._one())
+
+    def _one(self) -> list[Tensor]:
         device = self.device
-        one = [x[:1].to(device) for x in self.example_inputs]
-        counted = _CountingInterpreter(self.module)
-        with torch.no_grad():
-            counted.run(*one)
-        return counted.macs
+        return [x[:1].to(device) for x in self.example_inputs]
 
     # ---- on disk
 
@@ -301,22 +295,6 @@ class Network:
         return cls(module, inputs, tuple(described["history"]), kept)
 
 
-class _CountingInterpreter(fx.Interpreter):
-    """Runs a graph node by node under torch's counter."""
-
-    def __init__(self, module: fx.GraphModule):
-        super().__init__(module)
-        self.macs: dict[str, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node and note what it multiplied."""
-        with FlopCounterMode(display=False) as counter:
-            result = super().run_node(n)
-        if counter.get_total_flops():
-            self.macs[n.name] = counter.get_total_flops() // 2
-        return result
-
-
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Network:
     """Capture a module with ``torch.export``, the batch dimension left open.
 
@@ -325,15 +303,15 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Netw
         example_inputs: one tensor or a tuple, batch first; the batch size does not matter.
 
     Raises:
-        TraceError: torch.export refuses the network, the inputs do not fit it, or a weight is NaN or infinite. The
-            message names the line of the model's code where it is known, and what to change.
+        TraceError: torch.export refuses the network, the inputs do not fit it or are no tensors, or a weight is NaN or
+            infinite. The message names the line of the model's code where it is known, and what to change.
 
     Example:
         >>> import torch
         >>> trace(torch.nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8)).macs()
         7776
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = given_inputs(model, example_inputs)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_floating_point() and not _sound(value):
             raise TraceError(f"The weight '{name}' holds NaN or infinite values: load a sound checkpoint.")
@@ -345,7 +323,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Netw
     except Exception as error:
         shapes = ", ".join(str(list(x.shape)) for x in inputs)
         raise TraceError(
-            f"The network does not run on the example inputs of shape {shapes}: {_first_line(error)}{_user_line(error)}. "
+            f"The network does not run on the example inputs of shape {shapes}: {first_line(error)}{user_line(error)}. "
             "Give example_inputs as the network takes them, batch first."
         ) from error
     _check_outputs(outputs)
@@ -439,8 +417,10 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...]) -> torch.export.Expor
                 return _any_strides(torch.export.export(module, examples, dynamic_shapes=shapes, strict=strict))
         except Exception as error:
             if first is not None:
-                line = _user_line(error) or _user_line(first)
-                raise TraceError(f"torch.export cannot capture the network{line}: {_advice(first, error)}") from error
+                line = user_line(error) or user_line(first)
+                raise TraceError(
+                    f"torch.export cannot capture the network{line}: {advice(first, error, lambda: module(*examples))}"
+                ) from error
             first = error
     raise AssertionError("unreachable")
 
@@ -499,34 +479,6 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _user_line(error: BaseException) -> str:
-    """' at model.py, line 12 (`if x.sum() > 0:`)': the last line of the user's code that the error names."""
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    found = [
-        (file, int(line), code.strip())
-        for file, line, code in re.findall(r'File "([^"]+)", line (\d+), in \w+\n\s+(.*)', text)
-        if not re.search(r"site-packages|dist-packages|<frozen|/lib/python3", file)
-        and os.path.dirname(file) != os.path.dirname(__file__)
-        and file != "<string>"
-        and not file.startswith("<eval_with_key>")
-    ]
-    return f" at {found[-1][0]}, line {found[-1][1]} (`{found[-1][2]}`)" if found else ""
-
-
-def _advice(first: Exception, second: Exception) -> str:
-    text = f"{first}\n{second}"
-    if "data-dependent" in text.lower():
-        return "the code branches on a tensor's values; use torch.where or torch.cond, or move the branch out of forward()."
-    if "specialized it to be a constant" in text or "Constraints violated" in text:
-        return "the code fixes the batch size; take it from the input (x.shape[0], or -1 in view and reshape)."
-    return f"{_first_line(first)}."
 
 
 def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:

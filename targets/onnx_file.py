@@ -33,7 +33,7 @@ def onnx_model(network: Network) -> Any:
     import torch
 
     plain = Network(plain_lstms(folded(network).module), network.example_inputs)  # a layer keeps its name if we fold
-    program = export_program(plain)
+    program = export_program(_written_out(plain))
     inputs, outputs = port_names(program)
     with silence():
         converted = torch.onnx.export(
@@ -45,6 +45,29 @@ def onnx_model(network: Network) -> Any:
     _name_modules(model)
     _strip(model)
     return model
+
+
+def _written_out(network: Network) -> Network:
+    """Put differences and norms in the place of `aten.cdist`, which the exporter does not know, in place."""
+    import torch
+
+    for node in network.module.graph.find_nodes(op="call_function", target=torch.ops.aten.cdist.default):
+        node.target = _distances
+    network.module.recompile()
+    return network
+
+
+def _distances(x: Any, y: Any, p: float = 2.0, compute_mode: int | None = None) -> Any:
+    """`torch.cdist`: the p-norms of the differences between the rows of ``[..., M, K]`` and of ``[..., N, K]``: ``[..., M, N]``.
+
+    Example:
+        >>> import torch
+        >>> _distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([[5., 1.]])
+    """
+    import torch
+
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
 
 
 def _name_batch(model: Any) -> None:

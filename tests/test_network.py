@@ -287,12 +287,29 @@ class FixedBatch(nn.Module):
     [
         (Branching(), r"test_network\.py, line \d+ \(`if x\.sum\(\) > 0:`\).*torch\.where"),
         (FixedBatch(), r"test_network\.py, line \d+ \(`return x\.view\(2, -1\)`\)"),
+        (FixedBatch(), r"on the example inputs but on no batch of another size .*take its size from them"),
         (nn.Linear(3, 2), r"does not run on the example inputs of shape \[2, 5\]"),
+        (torch.relu, r"The network is a builtin_function_or_method: give a torch\.nn\.Module"),
     ],
 )
 def test_trace_says_what_is_wrong_in_one_sentence(model, said):
     with pytest.raises(TraceError, match=said):
         trace(model, torch.ones(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"x": torch.ones(2, 5)}, "hold a dict: give a tensor"),
+        ([[1.0, 2.0]], "hold a list: give a tensor"),
+        (None, "hold a NoneType: give a tensor"),
+        ((), "hold a NoneType: give a tensor"),
+        (torch.ones(0, 5), r"of shape \[0, 5\] holds no example"),
+    ],
+)
+def test_trace_says_what_example_inputs_must_be(given, said):
+    with pytest.raises(TraceError, match=said):
+        trace(nn.Linear(5, 2), given)
 
 
 def test_trace_says_that_the_batch_is_fixed_where_no_line_is_known():
@@ -317,3 +334,33 @@ def test_predict_says_which_input_does_not_fit():
     ):
         with pytest.raises(UserError, match=said):
             network.predict(*wrong)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, kind, **settings):
+        super().__init__()
+        self.inner = kind(8, 16, batch_first=True, **settings)
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "expected"),
+    [
+        (_Recurrent(nn.LSTM), torch.zeros(2, 10, 8), 10 * 4 * 16 * (8 + 16)),
+        (_Recurrent(nn.GRU, bidirectional=True), torch.zeros(2, 10, 8), 2 * 10 * 3 * 16 * (8 + 16)),
+        # projections in and out, the feed-forward, and both products of attention
+        (
+            nn.TransformerEncoderLayer(32, 4, 64, batch_first=True),
+            torch.zeros(2, 10, 32),
+            10 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 10 * 10 * 32,
+        ),
+    ],
+    ids=["lstm", "gru", "attention"],
+)
+def test_multiplications_of_fused_layers_must_count(model, example, expected):
+    network = trace(model.eval(), example)
+    assert network.macs() == expected
+    assert sum(network.node_macs().values()) == expected
+    assert torch.backends.mkldnn.is_available() == torch.backends.mkldnn.enabled

@@ -205,6 +205,72 @@ def test_a_statistic_over_channels_must_be_taken_over_the_kept_ones():
     halved(traced(lambda x: F.layer_norm(x, x.shape[1:])))
 
 
+SWAP = torch.tensor([3, 0, 1, 2, 7, 6, 5, 4])
+FREE = {
+    "largest": lambda x: x - x.max(1, keepdim=True)[0],
+    "middle": lambda x: x - x.median(1, keepdim=True)[0],
+    "largest of all": lambda x: x / x.abs().max(),
+    "both ends": lambda x: x - torch.aminmax(x, dim=1, keepdim=True)[0],
+    "standardised": lambda x: (x - torch.var_mean(x, 1, keepdim=True)[1]) / torch.std_mean(x, (1, 2), keepdim=True)[0],
+    "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
+    "product": lambda x: x * x.sigmoid().prod(1, keepdim=True),
+    "any": lambda x: x * (x > 1).any(1, keepdim=True),
+    "rolled": lambda x: x.roll((3, 1), (1, 2)),
+    "rolled back": lambda x: x.roll(-11, 1) * 2,
+    "every other": lambda x: torch.cat([x[:, ::2].relu(), x[:, 1::2]], 1),
+    "every fourth": lambda x: x[:, 2::4].sum(1, keepdim=True) * x,
+    "chosen": lambda x: x[:, SWAP],
+    "selected": lambda x: torch.index_select(x, 1, SWAP),
+    "chosen twice": lambda x: torch.cat([x[:, [-1, 0, 0]], x[:, [3, 0, 1, 2, 7]]], 1),
+    "flipped": lambda x: torch.fliplr(x),
+    "diagonal": lambda x: x + torch.einsum("nchw,ndhw->ncd", x, x).diagonal(dim1=1, dim2=2)[..., None, None],
+    "embedded": lambda x: (torch.diag_embed(x.mean((2, 3))) @ x.flatten(2)).unflatten(2, (6, 6)),
+    "moved": lambda x: x.moveaxis(1, -1).moveaxis(-1, 1),
+    "dot": lambda x: x * torch.linalg.vecdot(x, x.relu(), dim=1)[:, None],
+    "distance": lambda x: x * F.pairwise_distance(x.mT.mT.flatten(2).mT, x.flatten(2).relu().mT).view(-1, 1, 6, 6),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_operators_between_two_layers_must_leave_the_channels_free(name):
+    smaller = halved(traced(FREE[name]))
+    assert smaller.module.get_parameter("a.weight").shape[0] < 8
+    assert smaller.module.get_parameter("b.weight").shape[1] < 8
+
+
+def test_stacked_sideways_must_be_like_cat():
+    smaller = halved(traced(lambda x: torch.hstack([x, x.relu()]), 8, 16))
+    assert smaller.module.get_parameter("b.weight").shape[1] == 8
+
+
+def test_a_tensor_product_must_join_what_it_sums_over():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(10, 8))
+
+        def forward(self, x):
+            return torch.tensordot(x, self.weight, ([1], [1])).movedim(-1, 1)
+
+    smaller = halved(traced(Product(), 8, 10))
+    assert smaller.module.get_parameter("function.weight").shape == (5, 4)
+    assert smaller.module.get_parameter("b.weight").shape[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: x * x.max(1, keepdim=True)[1], "its order or its index matters"),
+        (lambda x: x[:, ::3].repeat(1, 2, 1, 1)[:, :4].repeat(1, 2, 1, 1), "sliced with a step that does not divide it"),
+        (lambda x: x + torch.diagonal(x, 1, 2, 3).mean(-1)[..., None, None], None),
+    ],
+)
+def test_what_depends_on_the_place_of_a_channel_must_freeze_and_say_so(function, why):
+    network = traced(function)
+    assert why is None or why in {f.reason for f in inspect(network).frozen}
+    halved(network)
+
+
 def test_the_table_must_hold_each_operator_once():
     assert {"conv2d", "batch_norm", "cat", "slice", "pad", "linear", "view", "lstm"} <= RULES.keys()
     assert all(callable(rule.relate) for rule in RULES.values())

@@ -129,15 +129,20 @@ class Analysis:
         self.products.append(Product(factor / (EXPORT_BATCH if batched else 1), tuple(axes), c.node.name))
 
     def take(self, a: Axis, start: int, stop: int, step: int = 1) -> Axis:
-        """Positions ``start:stop:step`` of an axis; the part may not become empty."""
+        """Positions ``start:stop:step`` of an axis; the part may not become empty.
+
+        With a step, the positions between one and the next go together: then the same step finds what is kept.
+        """
         if (start, step) == (0, 1) and stop >= size(a):
             return a
         labels = self.labels.flat(a)
         n = len(range(start, min(stop, size(a)), step))
         if labels is None:
             return axis(n)
-        if step != 1:
-            self.labels.freeze(labels, "sliced with a step")
+        if step != 1 and (size(a) % step or start >= step or n * step != size(a)):
+            self.labels.freeze(labels, "sliced with a step that does not divide it")
+        elif step != 1:
+            labels = np.repeat(self.labels.tie(labels, n, step, keep="outer"), step)
         part = labels[start:stop:step]
         if n == 1:
             self.labels.freeze(part, "a single position is taken out")

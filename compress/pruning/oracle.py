@@ -112,9 +112,15 @@ class _Masked(fx.Interpreter):
 
         def small(m: fx.Node) -> Any:
             value = self.env[m]
-            return sliced(value, self._masks(m)) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            # heads in the batch's axis: the mask is of the batch that was exported
+            return sliced(value, [np.resize(mask, n) for mask, n in zip(self._masks(m), value.shape, strict=True)])
 
         result = target(*fx.map_arg(args, small), **fx.map_arg(kwargs, small))
+        if isinstance(result, tuple):
+            parts = zip(result, self._cut.parts(n), strict=True)
+            return tuple(_scatter(part, [self._cut.mask(a) for a in axes]) for part, axes in parts)
         return _scatter(result, self._masks(n))
 
     def _masks(self, n: fx.Node) -> list[NDArray[np.bool_]]:
@@ -125,7 +131,8 @@ def _scatter(small: Tensor, masks: list[NDArray[np.bool_]]) -> Tensor:
     for dim, mask in enumerate(masks):
         if not mask.all():
             shape = list(small.shape)
-            shape[dim] = len(mask)
-            full = torch.rand(shape, dtype=small.dtype, device=small.device) / 2 + 0.25  # roots and logarithms take it too
+            shape[dim] = shape[dim] * len(mask) // int(mask.sum())
+            mask = np.resize(mask, shape[dim])
+            full = (torch.rand(shape, device=small.device) / 2 + 0.25).to(small.dtype)  # roots and logarithms take it too
             small = full.index_copy_(dim, torch.from_numpy(np.flatnonzero(mask)).to(small.device), small)
     return small

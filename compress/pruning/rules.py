@@ -9,6 +9,7 @@ import torch
 from .call import operator_name
 from .rules_elementwise import TABLE as ELEMENTWISE
 from .rules_elementwise import elementwise
+from .rules_indexing import TABLE as INDEXING
 from .rules_layers import TABLE as LAYERS
 from .rules_layout import TABLE as LAYOUT
 from .rules_recurrent import TABLE as RECURRENT
@@ -16,7 +17,7 @@ from .table import Rule
 
 __all__ = ["RULES", "rule_of"]
 
-RULES: dict[str, Rule] = {name: rule for table in (ELEMENTWISE, LAYERS, LAYOUT, RECURRENT) for name, rule in table}
+RULES: dict[str, Rule] = {name: rule for table in (ELEMENTWISE, INDEXING, LAYERS, LAYOUT, RECURRENT) for name, rule in table}
 """Operator name, as in ``torch.ops.aten``, to its rule; an in-place variant goes by the plain name."""
 
 

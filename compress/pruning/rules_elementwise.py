@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from .call import Call, hint, shape_of
@@ -28,7 +29,9 @@ TABLE = Table()
     "rand_like", "randn_like", "bernoulli", "addcmul", "addcdiv", "fill", "zero", "hardtanh", "relu6", "hardswish",
     "hardsigmoid", "leaky_relu", "selu", "rrelu", "logical_not", "softplus", "float", "multiply", "subtract", "divide",
     "true_divide", "square", "absolute", "negative", "clip", "float_power", "greater", "greater_equal", "less", "less_equal",
-    "not_equal", "nan_to_num", "isclose", "isfinite", "isinf",
+    "not_equal", "nan_to_num", "isclose", "isfinite", "isinf", "log_sigmoid", "arccos", "arccosh", "arcsin", "arcsinh", "arctan",
+    "arctan2", "arctanh", "fix", "conj", "real", "imag", "complex", "polar", "special_expit",
+    "floor_divide", "__and__", "__or__", "__xor__",
 )  # fmt: skip
 def elementwise(a: Analysis, c: Call) -> Value:
     """Joins all operands position by position, broadcasting."""
@@ -73,13 +76,19 @@ def _prelu(a: Analysis, c: Call) -> Value:
 # ---- reductions
 
 
-def _reduced(c: Call, x: Axes, dims: list[int]) -> Axes:
-    if len(c.shape) == len(x):
-        return tuple(() if d in dims else ax for d, ax in enumerate(x))
-    return tuple(ax for d, ax in enumerate(x) if d not in dims)
+def _reduced(c: Call, x: Axes, dims: list[int]) -> Value:
+    def one(t: Tensor) -> Axes:
+        if t.dim() == len(x):
+            return tuple(() if d in dims else ax for d, ax in enumerate(x))
+        return tuple(ax for d, ax in enumerate(x) if d not in dims)
+
+    return [one(t) for t in c.value] if isinstance(c.value, tuple | list) else one(c.value)
 
 
-@TABLE.rule("mean", "amax", "amin", "var", "std", "linalg_vector_norm", "norm")
+@TABLE.rule(
+    "mean", "nanmean", "amax", "amin", "aminmax", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "linalg_norm",
+    "norm", "logsumexp", "prod", "any", "all",
+)  # fmt: skip
 def _statistic(a: Analysis, c: Call) -> Value:
     x = a.axes(c["self"])
     dims = c.dims(len(x))
@@ -87,21 +96,13 @@ def _statistic(a: Analysis, c: Call) -> Value:
     return _reduced(c, x, dims)
 
 
-@TABLE.rule("sum")
+@TABLE.rule("sum", "nansum")
 def _sum(a: Analysis, c: Call) -> Value:
     x = a.axes(c["self"])
     dims = c.dims(len(x))
     for d in dims:
         if a.labels.alive(x[d]):
             a.contracts(c, c["self"], d)
-    return _reduced(c, x, dims)
-
-
-@TABLE.rule("prod", "any", "all", "logsumexp")
-def _frozen_reduction(a: Analysis, c: Call) -> Value:
-    x = a.axes(c["self"])
-    dims = c.dims(len(x))
-    a.labels.freeze_axes([x[d] for d in dims], "reduced over")
     return _reduced(c, x, dims)
 
 
@@ -130,17 +131,33 @@ def _along(a: Analysis, c: Call) -> Value:
     return [one(t) for t in c.value] if isinstance(c.value, tuple | list) else one(c.value)
 
 
-for _name in ("cumsum", "cumprod", "argmax", "argmin", "sort", "argsort", "median", "topk", "diff"):
+for _name in (
+    "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "argmax", "argmin", "sort", "argsort", "kthvalue", "mode", "topk",
+    "diff",
+):  # fmt: skip
     TABLE.rule(_name)(_along)
 
 
-@TABLE.rule("max", "min")
+@TABLE.rule("max", "min", "median", "nanmedian")
 def _extreme(a: Analysis, c: Call) -> Value:
     if "other" in c:
         return elementwise.relate(a, c)
-    if "dim" in c:
-        return _along(a, c)
-    return _frozen_reduction.relate(a, c)
+    where = [n for n in c.node.users if n.target is operator.getitem and n.args[1] == 1 and n.users]  # which position it was
+    return _along(a, c) if where else _statistic.relate(a, c)
+
+
+@TABLE.rule("pairwise_distance")
+def _pairwise_distance(a: Analysis, c: Call) -> Value:
+    both = a.labels.broadcast([a.axes(c["x1"]), a.axes(c["x2"])])
+    a.mixes(c, both[-1])
+    return (*both[:-1], ()) if c["keepdim"] else both[:-1]
+
+
+@TABLE.rule("cross", "linalg_cross")
+def _cross(a: Analysis, c: Call) -> Value:
+    both = a.labels.broadcast([a.axes(c["self"]), a.axes(c["other"])])
+    a.labels.freeze_axis(both[-1 if c["dim"] is None else c["dim"]], "the three coordinates of a vector")
+    return both
 
 
 # ---- spatial operators: the last axes are mixed and fixed, the others pass
@@ -215,10 +232,10 @@ def _triangle(a: Analysis, c: Call) -> Value:
     return x
 
 
-@TABLE.rule("flip")
+@TABLE.rule("flip", "fliplr", "flipud")
 def _flip(a: Analysis, c: Call) -> Value:
     x = list(a.axes(c["self"]))
-    for d in c.dims(len(x), "dims"):
+    for d in {"fliplr": [1], "flipud": [0]}.get(c.name) or c.dims(len(x), "dims"):
         labels = a.labels.flat(x[d])
         x[d] = x[d] if labels is None else axis(len(labels), labels[::-1].copy())
     return tuple(x)
@@ -226,6 +243,22 @@ def _flip(a: Analysis, c: Call) -> Value:
 
 @TABLE.rule("roll")
 def _roll(a: Analysis, c: Call) -> Value:
-    x = a.axes(c["self"])
-    a.labels.freeze_axes([x[d] for d in c.dims(len(x), "dims")], "rolled")
-    return x
+    x = list(a.axes(c["self"]))
+    if not c["dims"]:
+        raise Unsupported("runs over the flattened tensor")
+    for d, shift in zip(c.dims(len(x), "dims"), c["shifts"], strict=True):
+        if c.symbolic(d) or not isinstance(shift, int):
+            a.labels.freeze_axis(x[d], "rolled along the batch")
+        elif (labels := a.labels.flat(x[d])) is not None:
+            x[d] = axis(len(labels), np.roll(labels, shift))
+    return tuple(x)
+
+
+@_roll.rewrites
+def _(cut: Cut, c: Call) -> dict[str, Any]:
+    x, shifts = cut.axes(c["self"]), list(c["shifts"])
+    for i, d in enumerate(c.dims(len(x), "dims")):
+        kept = cut.mask(x[d])
+        if not kept.all():
+            shifts[i] = int(kept[len(kept) - shifts[i] % len(kept) :].sum())  # as many as come round from the end
+    return {"shifts": shifts}

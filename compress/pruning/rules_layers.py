@@ -58,6 +58,22 @@ def _product(a: Analysis, c: Call) -> Value:
     return _matmul(a, c, left, right)
 
 
+@TABLE.rule("inner", "outer", "tensordot")
+def _tensor_product(a: Analysis, c: Call) -> Value:
+    left, right = c.node.args[:2]
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    x, y = a.axes(left), a.axes(right)
+    given = {"inner": ([-1], [-1]), "outer": ([], [])}.get(c.name) or (c["dims_self"], c["dims_other"])
+    over, under = ([d % len(v) for d in dims] for dims, v in zip(given, (x, y), strict=True))
+    for i, j in zip(over, under, strict=True):
+        a.labels.unify(x[i], y[j])
+        a.contracts(c, right, j)
+    rest = [ax for d, ax in enumerate(y) if d not in under]
+    a.counts(c, [*x, *rest])
+    return (*[ax for d, ax in enumerate(x) if d not in over], *rest)
+
+
 @TABLE.rule("addmm", "baddbmm")
 def _product_plus(a: Analysis, c: Call) -> Value:
     first, second = ("mat1", "mat2") if c.name == "addmm" else ("batch1", "batch2")
@@ -138,12 +154,13 @@ def _cdist(a: Analysis, c: Call) -> Value:
     return (*a.labels.broadcast([x[:-2], y[:-2]]), x[-2], y[-2])
 
 
-@TABLE.rule("cosine_similarity")
+@TABLE.rule("cosine_similarity", "linalg_vecdot")
 def _cosine(a: Analysis, c: Call) -> Value:
-    x, y = a.axes(c["x1"]), a.axes(c["x2"])
+    names = ("x1", "x2") if "x1" in c else ("x", "y")
+    x, y = (a.axes(c[name]) for name in names)
     both = a.labels.broadcast([x, y])
     d = c["dim"] % len(both)
-    for name, operand in (("x1", x), ("x2", y)):
+    for name, operand in zip(names, (x, y), strict=True):
         if len(operand) == len(both):
             a.contracts(c, c[name], d)
     return (*both[:d], *both[d + 1 :])

@@ -10,14 +10,14 @@ from torch import fx
 
 from ..network import EXPORT_BATCH
 from .call import Call, hint
-from .labels import Axes, Axis, axis, fixed, size
+from .labels import Axis, axis, fixed, size
 from .table import Replacement, Table, Unsupported, Value
 
 if TYPE_CHECKING:
     from .analysis import Analysis
     from .rewrite import Cut
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "static"]
 
 TABLE = Table()
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def _(cut: Cut, c: Call) -> dict[str, Any]:
     return {name: cut.sizes(c[name], cut.axes(c.node))}
 
 
-@TABLE.rule("flatten", "unsqueeze")
+@TABLE.rule("flatten", "unsqueeze", "atleast_1d", "atleast_2d", "atleast_3d")
 def _flatten(a: Analysis, c: Call) -> Value:
     return a.reshape(a.axes(c["self"]), c.shape, c.node)
 
@@ -96,13 +96,36 @@ def _matrix_transpose(a: Analysis, c: Call) -> Value:
     return x[::-1] if c.name == "numpy_T" else (*x[:-2], *x[-2:][::-1])
 
 
-@TABLE.rule("movedim")
+@TABLE.rule("movedim", "moveaxis")
 def _movedim(a: Analysis, c: Call) -> Value:
     x = a.axes(c["self"])
     source, destination = c.dims(len(x), "source"), c.dims(len(x), "destination")
     moved = {to: x[at] for at, to in zip(source, destination, strict=True)}
     rest = iter(ax for d, ax in enumerate(x) if d not in source)
     return tuple(moved[d] if d in moved else next(rest) for d in range(len(x)))
+
+
+@TABLE.rule("diagonal")
+def _diagonal(a: Analysis, c: Call) -> Value:
+    x = list(a.axes(c["self"]))
+    i, j = c["dim1"] % len(x), c["dim2"] % len(x)
+    if c["offset"] or size(x[i]) != size(x[j]):
+        a.labels.freeze_axes([x[i], x[j]], "a diagonal of a part")
+        both = axis(c.shape[-1])
+    else:
+        both = a.labels.unify(x[i], x[j])
+    return (*[ax for d, ax in enumerate(x) if d not in (i, j)], both)
+
+
+@TABLE.rule("diag_embed")
+def _diag_embed(a: Analysis, c: Call) -> Value:
+    *x, last = a.axes(c["self"])
+    rank = len(x) + 2
+    if c["offset"]:
+        a.labels.freeze_axis(last, "a diagonal of a part")
+    for d in sorted((c["dim1"] % rank, c["dim2"] % rank)):
+        x.insert(d, axis(c.shape[d]) if c["offset"] else last)
+    return tuple(x)
 
 
 # ---- making and repeating
@@ -172,10 +195,10 @@ def _repeat_interleave(a: Analysis, c: Call) -> Value:
 # ---- joining
 
 
-@TABLE.rule("cat", "concat", "concatenate")
+@TABLE.rule("cat", "concat", "concatenate", "hstack", "vstack", "column_stack")
 def _cat(a: Analysis, c: Call) -> Value:
     shape = c.shape
-    dim = c["dim"] % len(shape)
+    dim = c.get("dim", 0 if c.name == "vstack" or len(shape) == 1 else 1) % len(shape)
     parts = [v for v in (a.axes(n) for n in c["tensors"]) if len(v) == len(shape)]  # an old habit: empty 1-d tensors
     out = list(a.labels.broadcast([(*v[:dim], (), *v[dim + 1 :]) for v in parts]))
     if c.symbolic(dim):
@@ -236,7 +259,7 @@ def _slice(a: Analysis, c: Call) -> Value:
     x = list(a.axes(c["self"]))
     d, start, stop, step = c["dim"] % len(x), c["start"] or 0, c["end"], c["step"]
     bounded = isinstance(start, int) and (stop is None or isinstance(stop, int))
-    if not bounded or not _static(c["self"], d):
+    if not bounded or not static(c["self"], d):
         if (start, step) != (0, 1) or not (stop is None or (isinstance(stop, int) and stop >= 2**62)):
             a.labels.freeze_axis(x[d], "sliced at a bound that depends on the batch")
             x[d] = axis(c.shape[d])
@@ -251,8 +274,10 @@ def _(cut: Cut, c: Call) -> dict[str, Any]:
     x = cut.axes(c["self"])
     d = c["dim"] % len(x)
     kept = cut.mask(x[d])
-    if kept.all() or not _static(c["self"], d):
+    if kept.all() or not static(c["self"], d):
         return {}
+    if c["step"] != 1:  # whole steps go
+        return {"end": len(kept)}
     start, stop, _ = slice(c["start"], c["end"]).indices(len(kept))
     return {"start": int(kept[:start].sum()), "end": int(kept[:stop].sum())}
 
@@ -261,7 +286,7 @@ def _(cut: Cut, c: Call) -> dict[str, Any]:
 def _narrow(a: Analysis, c: Call) -> Value:
     x = list(a.axes(c["self"]))
     d, start, length = c["dim"] % len(x), c["start"], c["length"]
-    if not isinstance(start, int) or not isinstance(length, int) or not _static(c["self"], d):
+    if not isinstance(start, int) or not isinstance(length, int) or not static(c["self"], d):
         raise Unsupported("sliced at a bound that depends on the batch")
     start %= size(x[d])
     x[d] = a.take(x[d], start, start + length)
@@ -293,11 +318,11 @@ def _(cut: Cut, c: Call) -> dict[str, Any]:
     return {} if kept.all() else {"index": int(kept[: c["index"] % len(kept)].sum())}
 
 
-@TABLE.rule("split", "split_with_sizes", "chunk", "tensor_split")
+@TABLE.rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
 def _split(a: Analysis, c: Call) -> Value:
     x = a.axes(c["self"])
     d, at, out = c["dim"] % len(x), 0, []
-    if not _static(c["self"], d):
+    if not static(c["self"], d):
         a.labels.freeze_axis(x[d], "split along the batch")
     for part in c.value:
         n = hint(part.shape[d])
@@ -329,82 +354,6 @@ def _glu(a: Analysis, c: Call) -> Value:
     half = size(x[d]) // 2
     x[d] = a.labels.unify(a.take(x[d], 0, half), a.take(x[d], half, 2 * half))
     return tuple(x)
-
-
-@TABLE.rule("index_select")
-def _index_select(a: Analysis, c: Call) -> Value:
-    x = list(a.axes(c["self"]))
-    d = c["dim"] % len(x)
-    a.labels.freeze_axis(x[d], "indexed")
-    x[d] = axis(c.shape[d])
-    return tuple(x)
-
-
-def _indexed(a: Analysis, c: Call) -> tuple[Axes, int, int]:
-    """The axes of ``self[indices]``, and from where to where the indices' own axes stand among them."""
-    x = a.axes(c["self"])
-    at = {d: n for d, n in enumerate(c["indices"]) if n is not None}
-    if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in at.values()):
-        raise Unsupported("indexed by a mask")
-    for d, n in at.items():
-        a.labels.freeze_axes([x[d], *a.axes(n)], "indexed")
-    places = sorted(at)
-    adjacent = places == list(range(places[0], places[-1] + 1))
-    where = places[0] if adjacent else 0  # NumPy's rule: separated indices put their result first
-    shape = np.broadcast_shapes(*[[size(ax) for ax in a.axes(n)] for n in at.values()])
-    rest: Axes = tuple(ax for d, ax in enumerate(x) if d not in at)
-    return (*rest[:where], *fixed(shape), *rest[where:]), where, where + len(shape)
-
-
-@TABLE.rule("index")
-def _index(a: Analysis, c: Call) -> Value:
-    return _indexed(a, c)[0]
-
-
-@TABLE.rule("index_put")
-def _index_put(a: Analysis, c: Call) -> Value:
-    a.labels.broadcast([_indexed(a, c)[0], a.axes(c["values"])])
-    return a.axes(c["self"])
-
-
-@TABLE.rule("index_add", "index_copy", "index_reduce")
-def _index_add(a: Analysis, c: Call) -> Value:
-    x, source = list(a.axes(c["self"])), list(a.axes(c["source"]))
-    d = c["dim"] % len(x)
-    a.labels.freeze_axes([x[d], source[d]], "indexed")
-    place, x[d], source[d] = x[d], (), ()
-    joined = list(a.labels.broadcast([tuple(x), tuple(source)]))
-    joined[d] = place
-    return tuple(joined)
-
-
-def _beside(a: Analysis, axes: Axes, others: Axes, d: int, what: str) -> Axes:
-    """Join two tensors along all dimensions but ``d``; where one has fewer positions than the other, both stay."""
-    a.labels.freeze_axes([axes[d], others[d]], what)
-    out: list[Axis] = []
-    for i, (x, y) in enumerate(zip(axes, others, strict=True)):
-        same = i != d and size(x) == size(y)
-        if not same:
-            a.labels.freeze_axes([x, y], what)
-        out.append(a.labels.unify(x, y) if same else y)
-    return tuple(out)
-
-
-@TABLE.rule("gather", "take_along_dim")
-def _gather(a: Analysis, c: Call) -> Value:
-    if c.get("dim") is None:
-        raise Unsupported("runs over the flattened tensor")
-    x, index = a.axes(c["self"]), a.axes(c["index" if "index" in c else "indices"])
-    return _beside(a, x, index, c["dim"] % max(len(x), 1), "indexed")
-
-
-@TABLE.rule("scatter", "scatter_add", "scatter_reduce")
-def _scatter(a: Analysis, c: Call) -> Value:
-    x, d = a.axes(c["self"]), c["dim"] % max(len(a.axes(c["self"])), 1)
-    for name in ("index", "src"):
-        if isinstance(c.get(name), fx.Node):
-            _beside(a, x, a.axes(c[name]), d, "indexed")
-    return x
 
 
 # ---- windows and shuffles
@@ -465,6 +414,6 @@ def _channel_shuffle(a: Analysis, c: Call) -> Value:
     return (x[0], axis(len(labels), labels.reshape(groups, -1).T.ravel().copy()), *x[2:])
 
 
-def _static(node: fx.Node, d: int) -> bool:
+def static(node: fx.Node, d: int) -> bool:
     """Whether an operand's size along ``d`` is a number, whatever the batch."""
     return isinstance(node.meta["val"].shape[d], int)
