@@ -198,11 +198,16 @@ def sensitivity_table(error: float, found: Sequence[Sensitivity]) -> RenderableT
     from rich.text import Text
 
     clocked = any(entry.ns is not None for entry in found)
-    grid = _grid(("left in floats", "error", "gain", *(["µs"] if clocked else [])), words=("left in floats",))
+    heads = ("left in floats", "error", "gain", *(["µs"] if clocked else []), "dB")
+    grid = _grid(heads, words=("left in floats",))
     for entry in found:
         cells = [entry.module, f"{entry.error:.2e}", f"{entry.gain / error:+.1%}" if error else "–"]
-        grid.add_row(*map(Text, [*cells, f"{(entry.ns or 0.0) / 1e3:+.1f}"] if clocked else cells))
-    note = "Error: squared difference of the outputs from the network's, over their variance."
+        cells += [f"{(entry.ns or 0.0) / 1e3:+.1f}"] if clocked else []
+        grid.add_row(*map(Text, [*cells, "–" if entry.snr_db is None else f"{entry.snr_db:.1f}"]))
+    note = (
+        "Error: squared difference of the outputs from the network's, over their variance. "
+        "dB: signal over error of what the layer gives where all are quantized; the first low one is where it goes wrong."
+    )
     return Group(Text(f"All quantized: error {error:.2e}."), Text(""), grid, Text(""), Text(note, style="dim"))
 
 

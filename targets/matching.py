@@ -30,7 +30,8 @@ class Divergence:
     Attributes:
         tensor: its name in the files.
         node: the graph node that computes it.
-        module: the user's module that the node belongs to, ``layer1.0.conv1``; '' where none is known.
+        module: the user's module that the node belongs to, ``layer1.0.conv1``, or else that of what it reads: a file has a
+            functional activation fused into the layer before. '' where none is known.
         snr_db: power of the signal over that of the error, in decibels; infinite where there is no error.
     """
 
@@ -117,7 +118,9 @@ def divergence(
         [('y', 'tanh', '0', 40)]
     """
     order = {node.name: i for i, node in enumerate(network.module.graph.nodes)}
-    modules = {node.name: module_of(node) for node in network.module.graph.nodes}
+    modules: dict[str, str] = {}
+    for node in network.module.graph.nodes:
+        modules[node.name] = module_of(node) or next((modules[n.name] for n in node.all_input_nodes if modules[n.name]), "")
     found = [
         Divergence(tensor, node, modules[node], _snr_db(values[tensor], quantized[tensor]))
         for tensor, node in matched(network, inputs, values).items()

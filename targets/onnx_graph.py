@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Graph", "channel_axis", "fold_constants", "kind_of", "module_of", "weight_of"]
+__all__ = ["Graph", "captured", "channel_axis", "fold_constants", "kind_of", "module_of", "weight_of"]
 
 _KINDS = {"Gemm": "linear", "ConvTranspose": "conv", "GlobalAveragePool": "pool", "AveragePool": "pool", "MaxPool": "pool"}
 _FOLDED = {"Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
@@ -49,7 +49,7 @@ class Graph:
         self.made_by = {name: node for node in self.nodes for name in node.output if name}
         self.used_by: dict[str, list[Any]] = defaultdict(list)
         for node in self.nodes:
-            for name in {*node.input} | _captured(node):
+            for name in {*node.input} | captured(node):
                 if name:
                     self.used_by[name].append(node)
 
@@ -90,7 +90,7 @@ class Graph:
         """Put the nodes into an order in which each follows what it reads, and drop the constants that nobody reads."""
         graph = self.model.graph
         ordered = _ordered(self.nodes)
-        used = {name for node in ordered for name in {*node.input} | _captured(node)} | self.outputs
+        used = {name for node in ordered for name in {*node.input} | captured(node)} | self.outputs
         del graph.node[:], graph.initializer[:], graph.value_info[:]
         graph.node.extend(ordered)
         graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in used)
@@ -163,10 +163,10 @@ def kind_of(graph: Graph, node: Any) -> str:
     return _KINDS.get(node.op_type, str(node.op_type).lower())
 
 
-def _captured(node: Any) -> set[str]:
+def captured(node: Any) -> set[str]:
     """What the bodies of a loop or a branch read from outside (and their own names, which do no harm)."""
     bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return {name for body in bodies for inner in body.node for name in {*inner.input} | _captured(inner)} | {
+    return {name for body in bodies for inner in body.node for name in {*inner.input} | captured(inner)} | {
         value.name for body in bodies for value in body.output
     }
 
@@ -174,7 +174,7 @@ def _captured(node: Any) -> set[str]:
 def _ordered(nodes: list[Any]) -> list[Any]:
     """In the order of their dependencies; of those that are free, the first in the list comes first."""
     made_by = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    needs = [{made_by[name] for name in {*node.input} | _captured(node) if name in made_by} for node in nodes]
+    needs = [{made_by[name] for name in {*node.input} | captured(node) if name in made_by} for node in nodes]
     done: set[int] = set()
     order: list[Any] = []
     for start in range(len(nodes)):

@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 
 from edgepress.compress.quantization import Calibrator
 
-__all__ = ["Statistics", "scale_of"]
+__all__ = ["Statistics", "between_ends", "scale_of"]
 
 _BINS = 2048
 _PERCENTILE = 99.99
 _AVERAGE = 0.9
+_NOTHING = 1e-30  # up to here a value counts as zero
 _CANDIDATES = 64
 
 Range = tuple[float, float]
@@ -59,7 +60,7 @@ class Statistics:
             self._histogram += np.bincount(np.clip(at, 0, bins - 1), minlength=bins)
 
     def _widen(self, reach: float) -> None:
-        if not self._limit and reach > 0:
+        if not self._limit and reach > _NOTHING:
             self._limit = float(2.0 ** np.ceil(np.log2(reach)))
         while self._limit and reach > self._limit:
             pairs = self._histogram.reshape(-1, 2).sum(1)
@@ -154,3 +155,19 @@ def scale_of(low: float, high: float, bits: int = 8, *, symmetric: bool = False)
         return max(-low, high) / top or 1.0, 0
     scale = (high - low) / (2 * top + 1) or 1.0
     return scale, round(-low / scale) - top - 1
+
+
+def between_ends(values: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Which values are not held at an end of an activation like ReLU6: those that are neither the least nor the greatest, where
+    more than one is.
+
+    Example:
+        >>> between_ends(np.float32([0, 0, 2, 5])).tolist()
+        [False, False, True, True]
+    """
+    free = np.ones(values.shape, bool)
+    for end in (values.min(), values.max()):
+        held = values == end
+        if held.sum() > 1:
+            free &= ~held
+    return free

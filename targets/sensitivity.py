@@ -21,6 +21,8 @@ from edgepress.compress.task import Batches
 
 from .artifact import Artifact, read_artifact
 from .export import write_file, writer
+from .layout import stored
+from .matching import divergence
 from .profile import profile
 from .runtimes import open_runtime
 
@@ -39,12 +41,15 @@ class Sensitivity:
             the variance of these, mean of the outputs.
         gain: how much smaller that is than the error of the file with nothing left.
         ns: how much longer the layer's operators take in floats, per inference, where that was measured.
+        snr_db: how far the file with nothing left has gone by this layer: power of what it gives over that of the error, in
+            decibels, for one example; None where it makes no tensor in the file. The first low one is where it goes wrong.
     """
 
     module: str
     error: float
     gain: float
     ns: float | None = None
+    snr_db: float | None = None
 
     @property
     def worth(self) -> float:
@@ -119,14 +124,16 @@ def sensitivity(
     wanted = network.predict(*feeds)
     write = writer(network, suffix, calibration, how.name)
     with _files(write, suffix) as made, bar("Sensitivity") as update:
-        base = made(how)
-        slower = _slower(made(quantization("fp32")), base) if clock else {}
+        base, plain = made(how), made(quantization("fp32"))
+        slower = _slower(plain, base) if clock else {}
+        gone = _gone(network, feeds, plain, base)
         whole = _error(base, feeds, wanted)
         found = []
         names = list(modules or known)
         for i, module in enumerate(names):
             left = _error(made(replace(how, layers={**how.layers, module: instead})), feeds, wanted)
-            found.append(Sensitivity(module, left, whole - left, slower.get(module, 0.0) if clock else None))
+            ns = slower.get(module, 0.0) if clock else None
+            found.append(Sensitivity(module, left, whole - left, ns, gone.get(module)))
             update((i + 1) / len(names), module)
     return whole, sorted(found, key=lambda s: -s.gain)
 
@@ -169,6 +176,27 @@ def _error(artifact: Artifact, feeds: Sequence[np.ndarray], wanted: object) -> f
         (a.astype(np.float64), b.astype(np.float64)) for a, b in zip(got, _tuple(wanted), strict=True) if b.dtype.kind == "f"
     ]
     return float(np.mean([np.mean((a - b) ** 2) / max(float(b.var()), 1e-12) for a, b in pairs])) if pairs else 0.0
+
+
+def _gone(network: Network, feeds: Sequence[np.ndarray], plain: Artifact, quantized: Artifact) -> dict[str, float]:
+    """The signal to noise of each module's last tensor in the quantized file, for the first example."""
+    example = [x[:1] for x in feeds]
+    one, other = (_values(artifact, example) for artifact in (plain, quantized))
+    return {d.module: d.snr_db for d in divergence(network, example, one, other) if np.isfinite(d.snr_db)}
+
+
+def _values(artifact: Artifact, example: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """What the tensors of a file hold, as real numbers, by name."""
+    given = {port.name: stored(x, port) for port, x in zip(artifact.inputs, example, strict=True)}
+    if artifact.format == "tflite":
+        from .tflite_tensors import real_tensors
+
+        return real_tensors(artifact.path.read_bytes())(given)
+    import onnx
+
+    from .onnx_tensors import onnx_tensors
+
+    return onnx_tensors(onnx.load(artifact.path))(given)
 
 
 def _slower(plain: Artifact, quantized: Artifact) -> Mapping[str, float]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .artifact import inline
+from .ranges import between_ends
 from .silence import silence
+from .tflite_pieces import Pieces
 from .tflite_tensors import float_tensors, read_model, tensor_name, tflite_tensors, weight_integers
 
 __all__ = ["corrected_biases"]
 
-_MOST = 128  # layers of a file that is run once for each of them
 _SHARE = 0.1  # of a channel's values that a bias moves, at least: the others sit at an end of the activation's range
 _JUDGED = 4  # each such example says whether the correction helps, the others what it is
 
@@ -34,6 +35,7 @@ class _Layer:
         lost: stored weights less those of the fp32 file, summed over a kernel's positions: ``[out, in]``; depthwise ``[out]``.
         scales: of the bias, one or one for each channel.
         bias: the integers, a view into the file.
+        buffer: number of the buffer that holds them.
     """
 
     source: str
@@ -44,6 +46,7 @@ class _Layer:
     lost: np.ndarray
     scales: np.ndarray
     bias: np.ndarray
+    buffer: int
 
 
 def corrected_biases(content: bytes, quantized: bytes, feeds: Sequence[Feeds]) -> bytes:
@@ -52,7 +55,8 @@ def corrected_biases(content: bytes, quantized: bytes, feeds: Sequence[Feeds]) -
     Rounded weights move the mean of a channel, and the means add up from layer to layer (Nagel et al. 2019, Data-Free
     Quantization Through Weight Equalization and Bias Correction, https://arxiv.org/abs/1906.04721). First each layer is
     relieved of what its own weights lost, times the mean of its input. Then, in the order in which they run, of what is
-    still measured; all examples are read for each. Either is kept where it brings the outputs of other examples nearer.
+    still measured once those before are right; every operator runs twice. Either is kept where it brings the outputs of other
+    examples nearer.
 
     Args:
         content: the fp32 file.
@@ -71,14 +75,33 @@ def corrected_biases(content: bytes, quantized: bytes, feeds: Sequence[Feeds]) -
         if (mean := means.get(layer.source)) is not None and (shift := _expected(layer.lost, mean)) is not None:
             _move(layer, -shift)
     candidates.append(bytes(result))
-    if len(layers) <= _MOST:
-        for layer in layers:
-            found = _integer_mean(bytes(result), learned, layer)
-            _move(layer, (means[layer.output] - found) / np.maximum(shares[layer.output], _SHARE))
-        candidates.append(bytes(result))
+    _correct_in_turn(bytes(result), learned, layers, means, shares)
+    candidates.append(bytes(result))
     wanted = [_outputs(content, judged), *(_outputs(candidate, judged) for candidate in candidates)]
     errors = [_error(found, wanted[0]) for found in wanted[1:]]
     return candidates[int(np.argmin(errors))]
+
+
+def _correct_in_turn(
+    content: bytes,
+    feeds: Sequence[Feeds],
+    layers: Sequence[_Layer],
+    means: Mapping[str, np.ndarray],
+    shares: Mapping[str, np.ndarray],
+) -> None:
+    """Move each layer's biases by what is measured once the layers before are right."""
+    pieces = Pieces(content, [layer.index for layer in layers])
+    known = [pieces.inputs(example) for example in feeds]
+    for layer, piece in zip(layers, pieces.segments, strict=True):
+        rows = [value.reshape(-1, len(layer.bias)) for value in pieces.run(piece, known)]
+        mean = np.mean([r.mean(0, dtype=np.float64) for r in rows], 0)
+        found = (mean - layer.zero_point) * layer.scale
+        _move(layer, (means[layer.output] - found) / np.maximum(shares[layer.output], _SHARE))
+        pieces.model.buffers[layer.buffer].data = np.frombuffer(layer.bias.tobytes(), np.uint8)
+        for example, value in zip(known, pieces.run(piece, known), strict=True):
+            example[piece.output] = value
+            for index in piece.done:
+                del example[index]
 
 
 def _move(layer: _Layer, shift: np.ndarray) -> None:
@@ -126,6 +149,7 @@ def _layers(content: bytes, quantized: bytearray) -> list[_Layer]:
             _lost(weights, weight_integers(weights, model.buffers[weights.buffer].data), original),
             np.asarray(bias.quantization.scale),
             values,
+            bias.buffer,
         )
         found[bias.buffer] = None if bias.buffer in found else layer  # what two layers share is left alone
     return [layer for layer in found.values() if layer is not None]
@@ -163,25 +187,13 @@ def _float_means(
         for name, value in run(example).items():
             if name in names:
                 rows = value.reshape(-1, value.shape[-1]).astype(np.float64)
-                inside = (rows > rows.min()) & (rows < rows.max())
                 means[name] = means.get(name, 0.0) + rows.mean(0) / len(feeds)
-                shares[name] = shares.get(name, 0.0) + inside.mean(0) / len(feeds)
+                shares[name] = shares.get(name, 0.0) + between_ends(rows).mean(0) / len(feeds)
     return means, shares
 
 
-def _integer_mean(content: bytes, feeds: Sequence[Feeds], layer: _Layer) -> np.ndarray:
-    """The mean of each channel of a quantized layer."""
-    interpreter, run = _interpreter(content, preserve=True)
-    total = np.zeros(layer.bias.shape)
-    for example in feeds:
-        run(example)
-        rows = interpreter.get_tensor(layer.index).reshape(-1, len(total))
-        total += (rows.mean(0, dtype=np.float64) - layer.zero_point) * layer.scale
-    return total / len(feeds)
-
-
 def _outputs(content: bytes, feeds: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
-    _, run = _interpreter(content, preserve=False)
+    run = _runner(content)
     return [run(example) for example in feeds]
 
 
@@ -194,12 +206,12 @@ def _error(found: list[dict[str, np.ndarray]], wanted: list[dict[str, np.ndarray
     return total
 
 
-def _interpreter(content: bytes, preserve: bool) -> tuple[Any, Any]:
-    """An interpreter, and a function that runs it on real inputs and gives real outputs, by the signature's names."""
+def _runner(content: bytes) -> Callable[[Feeds], dict[str, np.ndarray]]:
+    """A function that runs a file on real inputs and gives real outputs, by the signature's names."""
     with silence():
         from ai_edge_litert import interpreter as litert
 
-        interpreter = litert.Interpreter(model_content=content, num_threads=1, experimental_preserve_all_tensors=preserve)
+        interpreter = litert.Interpreter(model_content=content, num_threads=1)
         interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner()
     inputs, outputs = runner.get_input_details(), runner.get_output_details()
@@ -208,7 +220,7 @@ def _interpreter(content: bytes, preserve: bool) -> tuple[Any, Any]:
         found = runner(**{name: _on_grid(value, inputs[name]) for name, value in example.items()})
         return {name: _real(value, outputs[name]) for name, value in found.items()}
 
-    return interpreter, run
+    return run
 
 
 def _on_grid(value: np.ndarray, port: Mapping[str, Any]) -> np.ndarray:

@@ -15,6 +15,7 @@ _MOVERS = {
     *("gather", "gather_nd", "pack", "unpack", "concatenation"),
 }
 _MASKING = {"add", "sub", "select", "select_v2", "maximum", "minimum"}
+_ARITHMETIC = _MOVERS | {"add", "sub", "mul", "div", "exp"}
 _LEVELS = 16  # fewer are left to an input: it has lost more than half of its bits
 
 
@@ -29,7 +30,8 @@ def left_float(
     A detector that joins boxes of hundreds of pixels and scores below 1 in one tensor gives them one scale: of the scores
     nothing is left. Such a concatenation stays float with what moves its result to an output; where the tensor is computed
     with later, its reader needs that one scale anyway. And attention's masks add minus infinity, or minus a billion: no grid
-    has both that and the scores, so what makes or reads such a tensor stays float.
+    has both that and the scores, so what makes or reads such a tensor stays float. So does what turns a detector's results into
+    boxes, told by its exponential: a face of ten pixels would be off by one where 320 share a scale.
 
     Args:
         operators: of a file, in the order in which they run.
@@ -43,10 +45,13 @@ def left_float(
         {0}
         >>> left_float([cat], [8], {"boxes": (0, 2), "scores": (0, 1), "found": (0, 2)}, ["found"])
         set()
+        >>> size = Operator("exp", "head", "EXP", ("sizes",), ("factors",))
+        >>> left_float([size, Operator("mul", "head", "MUL", ("factors",), ("boxes",))], [8, 8], {}, ["boxes"])
+        {0, 1}
     """
     arrives = _arriving(operators, bits, outputs)
     wide = {name for name, limits in ranges.items() if not np.isfinite(limits).all()}
-    left: set[int] = set()
+    left = _decoding(operators, outputs)
     moved: set[str] = set()
     for number, operator in enumerate(operators):
         inputs, moves = set(operator.inputs), operator.kind in _MOVERS
@@ -59,6 +64,23 @@ def left_float(
         if (inputs | set(operator.outputs)) & wide or set(operator.outputs) & moved:
             left.add(number)
     return {number for number in left if bits[number]}
+
+
+def _decoding(operators: Sequence[Operator], outputs: Collection[str]) -> set[int]:
+    """What computes, by arithmetic alone, an output that an exponential goes into."""
+    ends: dict[str, set[str]] = {name: {name} for name in outputs}  # the outputs that a tensor comes to by arithmetic alone
+    other: set[str] = set()  # tensors that something else reads
+    found: dict[int, set[str]] = {}
+    for number, operator in reversed(list(enumerate(operators))):
+        reached = set().union(*(ends.get(name, set()) for name in operator.outputs))
+        if operator.kind in _ARITHMETIC and reached and not set(operator.outputs) & other:
+            found[number] = reached
+            for name in operator.inputs:
+                ends.setdefault(name, set()).update(reached)
+        else:
+            other.update(operator.inputs)
+    exponential = set().union(*(reached for number, reached in found.items() if operators[number].kind == "exp"))
+    return {number for number, reached in found.items() if reached & exponential}
 
 
 def _arriving(operators: Sequence[Operator], bits: Sequence[int], outputs: Collection[str]) -> set[str]:

@@ -19,6 +19,7 @@ __all__ = [
     "float_tensors",
     "port_names",
     "read_model",
+    "real_tensors",
     "tensor_name",
     "tflite_tensors",
     "weight_integers",
@@ -46,6 +47,31 @@ def tflite_tensors(content: bytes) -> Callable[[Mapping[str, np.ndarray]], dict[
         >>> [value.shape for value in tensors({"input": np.ones((1, 3), np.float32)}).values()]
         [(1, 3), (1, 2), (1, 2)]
     """
+    return _tensors(content, activations(read_model(content)))
+
+
+def real_tensors(content: bytes) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The same of a quantized file: what is stored in integers with one scale comes as real numbers.
+
+    Args:
+        content: a TFLite flatbuffer with one signature.
+    """
+    graph = read_model(content).subgraphs[0]
+    floats = activations(read_model(content))
+    made = [int(i) for i in graph.inputs] + [int(i) for operator in graph.operators for i in operator.outputs if i >= 0]
+    numbers = {i: graph.tensors[i].quantization for i in made}
+    scaled = {i: q for i, q in numbers.items() if q is not None and q.scale is not None and len(q.scale) == 1}
+    run = _tensors(content, {**floats, **{tensor_name(graph.tensors[i]): i for i in scaled}})
+    real = {tensor_name(graph.tensors[i]): (np.float32(q.scale[0]), int(q.zeroPoint[0])) for i, q in scaled.items()}
+
+    def values(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = run(feeds)
+        return found | {n: (found[n].astype(np.float32) - zero) * scale for n, (scale, zero) in real.items()}
+
+    return values
+
+
+def _tensors(content: bytes, indices: Mapping[str, int]) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     with silence():
         from ai_edge_litert import interpreter as litert
 
@@ -57,7 +83,6 @@ def tflite_tensors(content: bytes) -> Callable[[Mapping[str, np.ndarray]], dict[
         )
         interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner()
-    indices = activations(read_model(content))
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         runner(**feeds)

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from .onnx_graph import Graph, channel_axis, weight_of
 from .saturation import safe_scales
-from .weight_grid import blocks_on_grid, on_grid
+from .weight_grid import blocks_on_grid, on_grid, scales_of
 
-__all__ = ["MICROSOFT", "write_blocks", "write_dynamic", "write_halves", "write_integers"]
+__all__ = ["MICROSOFT", "write_blocks", "write_dynamic", "write_halves", "write_integers", "write_rows"]
 
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
@@ -121,6 +121,32 @@ def write_dynamic(graph: Graph, node: Any) -> bool:
     if middle != whole:
         graph.add_node("Add", [middle, node.input[2]], [whole], f"{node.name}_bias")
     graph.nodes.remove(node)
+    return True
+
+
+def write_rows(graph: Graph, node: Any) -> bool:
+    """Store an embedding's table in int8, a scale for each row; what is looked up is floats again.
+
+    Args:
+        graph: an ONNX graph; changed in place.
+        node: any node; those that look up no rows of a constant table stay.
+
+    Returns:
+        Whether it was one.
+    """
+    table = graph.constant(node.input[0]) if node.op_type == "Gather" else None
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    if table is None or table.dtype != np.float32 or table.ndim != 2 or axis:
+        return False
+    name, whole = f"{node.input[0]}_rows", node.output[0]
+    if f"{name}_int8" not in graph.tensors:
+        scales = scales_of(table, 0)
+        graph.add_constant(f"{name}_int8", on_grid(table, scales, 0))
+        graph.add_constant(f"{name}_scale", scales[:, None])
+    graph.add_node("Gather", [f"{name}_scale", node.input[1]], [f"{whole}_scale"])
+    graph.add_node("Cast", [f"{whole}_int8"], [f"{whole}_cast"], to=1)
+    graph.add_node("Mul", [f"{whole}_cast", f"{whole}_scale"], [whole], f"{node.name}_scaled")
+    node.input[0], node.output[0] = f"{name}_int8", f"{whole}_int8"
     return True
 
 

@@ -336,6 +336,18 @@ def test_export_must_keep_the_inputs_and_outputs_of_any_network(model, inputs, s
         assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_export_must_write_distances_into_an_onnx_file(p, tmp_path):
+    class Distances(nn.Module):
+        def forward(self, x):
+            return torch.cdist(x, x[:, :3] + 1, p=p)
+
+    network = trace(Distances(), torch.randn(2, 5, 4))
+    parity = verify(export(network, tmp_path / "net.onnx"), network)
+    assert parity.ok, parity.reason
+    assert any("cdist" in str(n.target) for n in network.module.graph.nodes), "exporting must leave the network as it was"
+
+
 def test_export_must_write_64_bit_integers_as_32_bit_in_tflite(tmp_path):
     inputs = (torch.randn(2, 3, 4, 6), torch.arange(10).view(2, 5))
     artifact = export(trace(Two(), inputs), tmp_path / "two.tflite")

@@ -58,6 +58,12 @@ def test_mse_beats_min_max_where_there_are_outliers(power):
     assert squared_error(values, *statistics.range("mse")) < squared_error(values, *statistics.range("minmax"))
 
 
+def test_numbers_that_are_next_to_nothing_count_as_zeros():
+    statistics = seen(np.array([4e-41, 0.0, 1e-35]), parts=1)
+    for calibrator in CALIBRATORS:
+        assert 0 <= statistics.range(calibrator)[1] <= 1e-30, calibrator
+
+
 def test_a_range_without_negative_values_stays_so():
     values = np.maximum(np.random.default_rng(2).normal(size=10_000), 0)
     assert all(seen(values).range(calibrator)[0] >= 0 for calibrator in CALIBRATORS)

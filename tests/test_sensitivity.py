@@ -59,6 +59,9 @@ def test_the_layer_that_loses_the_accuracy_is_found(task, suffix):
     assert found[0].module == "fragile"
     assert found[0].gain > 0.9 * error
     assert {entry.module for entry in found} == set(layers_of(network))
+    # and where the file goes wrong: behind the fragile layer, not before it
+    gone = {entry.module: entry.snr_db for entry in found}
+    assert gone["fragile"] < gone["second"] - 10
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(task):
@@ -109,6 +112,7 @@ def test_the_command_prints_a_table_and_json(task, tmp_path, capsys, monkeypatch
         table = capsys.readouterr().out
         assert main(["sensitivity", "fragile", "--examples", "32", "--json"]) == 0
     assert "left in floats" in table
+    assert "dB" in table
     found = json.loads(capsys.readouterr().out)
     assert found["layers"][0]["module"] == "fragile"
     assert found["layers"][0]["ns"] is None
