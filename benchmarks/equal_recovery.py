@@ -21,6 +21,7 @@ import argparse
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,8 @@ def main() -> int:
 
 def _recovered(cut: ep.Network, task: ep.Task, schedule: Schedule, precision: Precision, title: str) -> ep.Network:
     network = cut.copy().train()
+    labelled = task.train_batches
+    task = replace(task, train_batches=lambda epoch: labelled(epoch + 1_000_000 * schedule.seed))
     fit(network, task, lambda y, x, t: labelled_loss(task, y, t), schedule, precision=precision, title=title)
     return network.eval()
 

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import math
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -34,7 +33,8 @@ __all__ = [
     "training_batches",
 ]
 
-_COUNT_S = 5.0
+_FEW_EPOCHS = 3
+_LOOK_AHEAD = 100  # batches
 
 Predict = Callable[..., Any]
 """Input arrays, batch first, to one output array or a tuple of them: numpy in, numpy out, the network's own layout."""
@@ -195,34 +195,42 @@ def _check(task: Task, inputs: tuple[Tensor, ...], field: str) -> None:
         raise TaskError(f"A batch of Task.{field} does not fit the network. {problem}, as example_inputs say.")
 
 
-def epoch_length(task: Task) -> int | None:
-    """Training batches in an epoch: as the source says, or counted where that takes a few seconds at most.
+def epoch_length(task: Task, epochs: float, tell: Callable[[int], object] = lambda count: None) -> int | None:
+    """Training batches in an epoch: as the source says, or counted where it is a generator.
 
-    A schedule of one or two epochs needs it: without, the learning rate cannot fall before the first epoch has ended.
+    A schedule of one or two epochs needs it: without, the learning rate cannot fall before the first epoch has ended, and a
+    fraction of an epoch has no end. So a generator is run to its end for fewer than three epochs. For more, the first hundred
+    batches are looked at, a number that does not hang on how fast the machine is: training must come out alike on all.
+
+    Args:
+        task: the one that trains.
+        epochs: how many passes there will be.
+        tell: is called with the count so far.
 
     Example:
         >>> import torch
         >>> x = torch.zeros(1, 2)
-        >>> epoch_length(Task(torch.nn.Identity(), x, lambda predict: {}, "a", train_batches=[(x, None)] * 3))
+        >>> epoch_length(Task(torch.nn.Identity(), x, lambda predict: {}, "a", train_batches=[(x, None)] * 3), epochs=10)
         3
     """
     source = task.train_batches if task.train_batches is not None else task.calibration_batches
     if callable(source) and not isinstance(source, Sized):
         source = source(*(0,) * min(1, len(inspect.signature(source).parameters)))
         if inspect.isgenerator(source):
-            return _counted(source)
+            return _counted(source, math.inf if epochs < _FEW_EPOCHS else _LOOK_AHEAD, tell)
     with contextlib.suppress(TypeError):  # a DataLoader has a length, but not over every data set
         return len(source) if isinstance(source, Sized) else None
     return None
 
 
-def _counted(batches: Iterable[Any]) -> int | None:
-    count, end = 0, time.monotonic() + _COUNT_S
+def _counted(batches: Iterable[Any], most: float, tell: Callable[[int], object]) -> int | None:
+    count = 0
     with contextlib.suppress(Exception):  # training meets it again, and says what it is
         for _ in batches:
             count += 1
-            if time.monotonic() > end:
+            if count > most:
                 return None
+            tell(count)
         return count
     return None
 

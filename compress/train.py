@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,15 @@ def fit(
         precision = _precision(precision, kept[1] if kept else None, network, task, schedule, world)
         precision.place(network)
         run = _Run(network, loss, schedule, precision, world, list(extra), started)
-        run.at.epoch_batches = world.agree(lambda: epoch_length(task))
         saver = _Saver(run, checkpoint if world.first else None, start, save_every)
         if kept is not None:
             run.restore(*kept)
         if not world.first:
             held.enter_context(silenced())
         update = held.enter_context(bar(title))
+        if kept is None:
+            tell = partial(_counting, update)
+            run.at.epoch_batches = world.agree(lambda: epoch_length(task, schedule.epochs, tell))
         note = held.enter_context(open_log(schedule.log if world.first else None, run.at.rows, run.at.steps))
         while not run.finished():
             _epoch(run, task, saver, update, note)
@@ -98,6 +101,10 @@ def fit(
     if precision.channels_last:
         network.to(memory_format=torch.contiguous_format)
     return run.found()
+
+
+def _counting(update: Callable[..., None], count: int) -> None:
+    update(0.0, f"counting the batches of an epoch: {count}")
 
 
 def _kept(checkpoint: Path | None, start: str, schedule: Schedule) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

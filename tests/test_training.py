@@ -182,7 +182,7 @@ def test_fastest_precision_leaves_out_what_does_not_run(task, monkeypatch):
     assert not fastest_precision(network, (torch.zeros(8, 1, 8, 8),)).bf16
 
 
-def test_the_length_of_an_epoch_must_be_known_where_it_can_be(task, monkeypatch):
+def test_the_length_of_an_epoch_must_be_known_where_it_can_be(task):
     batches = list(task.train_batches(0))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(10, 1), torch.zeros(10)), batch_size=4)
 
@@ -202,9 +202,32 @@ def test_the_length_of_an_epoch_must_be_known_where_it_can_be(task, monkeypatch)
         (torch.utils.data.DataLoader(Stream()), None),
         (broken, None),
     ):
-        assert epoch_length(replace(task, train_batches=source)) == count
-    monkeypatch.setattr("edgepress.compress.task._COUNT_S", -1.0)
-    assert epoch_length(replace(task, train_batches=lambda epoch: (b for b in batches))) is None
+        for epochs in (1, 10):
+            assert epoch_length(replace(task, train_batches=source), epochs) == count
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(0.3, 150), (2, 150), (3, None), (10, None)])
+def test_how_far_an_epoch_is_counted_must_not_hang_on_the_machine(task, epochs, count):
+    [batch, *_] = task.train_batches(0)
+    drawn, told = [], []
+
+    def many(epoch):
+        for i in range(150):
+            drawn.append(i)
+            yield batch
+
+    assert epoch_length(replace(task, train_batches=many), epochs, told.append) == count
+    assert len(drawn) == (count or 101)
+    assert told == [*range(1, (count or 100) + 1)]
+
+
+def test_a_fraction_of_an_epoch_must_end_there_with_a_slow_generator(task, monkeypatch):
+    steps = []
+    rate = Schedule.rate
+    monkeypatch.setattr(Schedule, "rate", lambda self, progress: steps.append(progress) or rate(self, progress))
+    [batch, *_] = task.train_batches(0)
+    Distill(epochs=0.25, precision=PLAIN)(damaged(task), replace(task, train_batches=lambda epoch: (batch for _ in range(40))))
+    assert len(steps) == 10
 
 
 def test_the_rate_must_fall_within_a_single_epoch_of_a_generator(task, monkeypatch):
