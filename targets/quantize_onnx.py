@@ -56,7 +56,8 @@ def quantize_onnx(
         safe: scales of those output channels whose sums could leave 16 bits are made so much wider that they cannot; see
             `edgepress.targets.saturation.safe_scales`.
         correct: also measure what the file shifts its layers' outputs by on calibration examples, and put that into the biases
-            (`edgepress.targets.onnx_bias`); only without ``ranges``, as training has done it already.
+            (`edgepress.targets.onnx_bias`); only without ``ranges``, as training has done it already, and with ``safe``, as a
+            file that saturates gives other numbers on other CPUs.
 
     Returns:
         A new ``onnx.ModelProto``.
@@ -92,7 +93,7 @@ def quantize_onnx(
     if any(node.domain == MICROSOFT for node in graph.nodes) and all(o.domain != MICROSOFT for o in copy.opset_import):
         copy.opset_import.add(domain=MICROSOFT, version=1)
     result = graph.finish()
-    if correct and tails and pieces is not None and ranges is None:
+    if correct and safe and tails and pieces is not None and ranges is None:
         return corrected_biases(model, result, tails, _first(pieces))
     return result
 

@@ -300,7 +300,7 @@ def test_devices_says_what_this_computer_is(capsys):
 def test_devices_and_bench_refuse_what_is_no_device(capsys, tmp_path):
     fails(capsys, 2, "There is no device 'toaster'", "devices", "toaster")
     fails(capsys, 2, "is no address", "devices", "ssh://-oProxyCommand=x")
-    fails(capsys, 2, "adb does not start", "devices", "adb://R58M")
+    fails(capsys, 2, "there is no program adb here", "devices", "adb://R58M")
 
 
 def test_bench_measures_the_others_where_a_file_fails(folder, capsys):
