@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--cuts", nargs="+", choices=CUTS, default=list(CUTS))
-    parser.add_argument("--out", default="runs/equal-recovery", help="files that are there already are taken as they are")
+    parser.add_argument("--out", default="runs/equal-recovery", help="files of the same settings are not made again")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,9 @@ def main() -> int:
     for name, cut in networks.items():
         for seed in range(1 if name == "original" else arguments.seeds):
             title = f"{name}, seed {seed}"
-            paths = [out / f"{title.replace(',', '').replace(' ', '-')}.int8.{suffix}" for suffix in ("onnx", "tflite")]
+            run = "" if name == "original" else f", macs {arguments.macs:g}, epochs {arguments.epochs:g}, lr {arguments.lr:g}"
+            stem = f"{title}{run}".replace(",", "").replace(" ", "-")
+            paths = [out / f"{stem}.int8.{suffix}" for suffix in ("onnx", "tflite")]
             if not all(path.exists() for path in paths):
                 schedule = Schedule(epochs=arguments.epochs, lr=arguments.lr, seed=seed)
                 network = cut if name == "original" else _recovered(cut, task, schedule, precision, title)

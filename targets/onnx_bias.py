@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .onnx_graph import Graph, captured
-from .onnx_tensors import stream
+from .onnx_tensors import open_session, stream
 from .ranges import between_ends
 from .segments import Segment, segments
 
@@ -148,7 +148,7 @@ def _run(graph: Graph, piece: Segment, known: Known) -> list[np.ndarray]:
     ]
     body = helper.make_graph(nodes, "piece", ports, [ValueInfoProto(name=piece.output)], tensors)
     model: ModelProto = helper.make_model(body, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version)
-    session = _session(model)
+    session = open_session(model)
     return [session.run([piece.output], {name: example[name] for name in piece.inputs})[0] for example in known]
 
 
@@ -165,7 +165,7 @@ def _mean(graph: Graph, layer: _Layer, found: Sequence[np.ndarray]) -> NDArray[n
 
 
 def _outputs(model: Any, examples: Examples) -> list[list[np.ndarray]]:
-    session = _session(model)
+    session = open_session(model)
     names = [value.name for value in model.graph.input]
     return [session.run(None, feeds) for feeds in _fed(names, examples)]
 
@@ -177,12 +177,3 @@ def _error(found: list[list[np.ndarray]], wanted: list[list[np.ndarray]]) -> flo
         pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(one, other, strict=True)]
         total += sum(((a - b) ** 2).sum() for a, b in pairs) / max(sum((b**2).sum() for _, b in pairs), 1e-30)
     return total
-
-
-def _session(model: Any) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

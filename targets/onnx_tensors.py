@@ -11,7 +11,7 @@ from edgepress.compress.quantization import Calibrator
 
 from .ranges import Statistics
 
-__all__ = ["activation_ranges", "onnx_tensors", "stream"]
+__all__ = ["activation_ranges", "onnx_tensors", "open_session", "stream"]
 
 _BYTES = 2**26  # of activations at a time
 _NO_HISTOGRAM = ("minmax", "average")
@@ -38,18 +38,13 @@ def onnx_tensors(model: Any, names: Collection[str] | None = None) -> Callable[[
         {'x': [[1.0, -2.0]], 'y': [[-1.0, 2.0]], 'z': [[0.0, 2.0]]}
     """
     import onnx
-    import onnxruntime
 
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     made = [name for node in model.graph.node for name in node.output if name and (names is None or name in names)]
     given = {value.name for value in shown.graph.output}
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made if name not in given)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(shown, fused=False)
     floats = {value.name for value in session.get_outputs() if value.type == "tensor(float)"}
     wanted = [name for name in made if name in floats]
 
@@ -58,6 +53,18 @@ def onnx_tensors(model: Any, names: Collection[str] | None = None) -> Callable[[
         return {**fed, **dict(zip(wanted, session.run(wanted, dict(feeds)) if wanted else [], strict=True))}
 
     return run
+
+
+def open_session(model: Any, fused: bool = True) -> Any:
+    """A quiet ``onnxruntime.InferenceSession`` on one thread; not ``fused``, operators run one by one as they are written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    if not fused:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def stream(

@@ -19,7 +19,7 @@ from .names import port_names
 from .silence import silence
 from .strides import pool_slices
 
-__all__ = ["Layout", "annotate_tflite", "fed_ports", "tflite_model"]
+__all__ = ["Layout", "annotate_tflite", "fed_ports", "pack", "tflite_model"]
 
 _ALIGNMENT = 16  # of a buffer's first byte, as the format's schema demands; Python's generated packer does not
 _REPEATED_RANK = 4  # up to which the converter writes a repetition soundly
@@ -229,7 +229,7 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
     if notes is not None:
         text = json.dumps({**notes, **layout.notes}, default=str)
         _attach(model, METADATA_KEY, text.encode())
-    return _pack(model)
+    return pack(model)
 
 
 def _named(graph: Any, ports: list[Any], names: tuple[str, ...]) -> list[int]:
@@ -295,7 +295,8 @@ def _attach(model: Any, name: str, data: bytes) -> None:
     model.metadata.append(entry)
 
 
-def _pack(model: Any) -> bytes:
+def pack(model: Any) -> bytes:
+    """The bytes of a flatbuffer's object tree, buffers aligned as the schema wants them."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 

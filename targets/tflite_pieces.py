@@ -11,7 +11,7 @@ import numpy as np
 from .artifact import inline
 from .segments import Segment, segments
 from .silence import silence
-from .tflite_file import _pack
+from .tflite_file import pack
 from .tflite_tensors import read_model
 
 __all__ = ["Pieces"]
@@ -50,7 +50,7 @@ class Pieces:
         with silence():
             from ai_edge_litert import interpreter as litert
 
-            interpreter = litert.Interpreter(model_content=_pack(self._only(piece)), num_threads=1)
+            interpreter = litert.Interpreter(model_content=pack(self._only(piece)), num_threads=1)
             interpreter.allocate_tensors()
         found = []
         for example in examples:

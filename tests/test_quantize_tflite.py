@@ -15,7 +15,7 @@ from edgepress.targets.export import write_file
 from edgepress.targets.quantize_tflite import feeds_of, quantize_tflite
 from edgepress.targets.runtimes import open_runtime
 from edgepress.targets.tflite_bias import corrected_biases
-from edgepress.targets.tflite_file import _pack, annotate_tflite, fed_ports, tflite_model
+from edgepress.targets.tflite_file import annotate_tflite, fed_ports, pack, tflite_model
 from edgepress.targets.tflite_recipe import tflite_operators
 from edgepress.targets.tflite_tensors import (
     activation_ranges,
@@ -383,7 +383,7 @@ def test_a_tensor_that_no_operator_refers_to_must_do_no_harm(cases, tmp_path):
     spare = copy.copy(model.subgraphs[0].tensors[model.subgraphs[0].operators[0].outputs[0]])
     spare.name = "nobody"
     model.subgraphs[0].tensors.append(spare)
-    content = quantize_tflite(_pack(model), case.ports, case.pieces())
+    content = quantize_tflite(pack(model), case.ports, case.pieces())
     assert case.signal_db(case.run(content, tmp_path)[1]) > 28
 
 
