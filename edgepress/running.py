@@ -52,6 +52,8 @@ def run_passes(
         checkpoint = saved.with_suffix(".checkpoint")
         if isinstance(item, Distill | Quantize | Prune) and (world.size == 1 or not isinstance(item, Prune)):
             item = replace(item, checkpoint=checkpoint)
+            if checkpoint.exists():
+                say("{} was interrupted: going on from {}; delete it to start over, on other data say.", name, checkpoint)
         if isinstance(item, Prune) and item.latency is not None and item.clock is None:
             item = replace(item, clock=LatencyTable(_RUNTIMES[item.format], item.precision, threads=threads, device=place))
         started = time.monotonic()

@@ -272,6 +272,7 @@ def test_ctrl_c_in_training_loses_nothing(folder):
     assert all(n == "recipe.yaml" or n.endswith(".checkpoint") for n in left), left
     again = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert again.returncode in (0, 3), again.stderr
+    assert "Distill was interrupted: going on from" in again.stderr
     history = json.loads((folder / "out" / "report.json").read_text())["passes"]
     assert history[0]["found"]["epochs"] == 6
     third = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
