@@ -31,7 +31,7 @@ from .teacher import Teacher, TeacherSource, check_teacher, fingerprint, open_te
 from .teacher_cache import Remembered, outputs_folder
 from .train import BatchLoss, Precision, Schedule, fastest_precision, fit
 
-__all__ = ["Distill", "automatic", "blended", "logit_distillation", "output_distance", "output_distillation"]
+__all__ = ["Distill", "asked", "automatic", "blended", "logit_distillation", "output_distance", "output_distillation"]
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _UNNORMALISED = 0.01  # from the table in docs/training.md
@@ -118,17 +118,12 @@ class Distill(Schedule):
                 title="Distill",
             )
         found |= {"labelled": targets is not None and self.labels > 0, "lr": schedule.peak, **lesson.found}
-        return student.then(**{"pass": "Distill"}, **self._described(), found=found)
+        return student.then(**{"pass": "Distill"}, **describe(self), found=found)
 
     def _fastest(self, student: Network, inputs: tuple[Tensor, ...]) -> Precision:
         if self.deterministic:
             return Precision()
         return fastest_precision(student, inputs)
-
-    def _described(self) -> dict[str, Any]:
-        """The configuration; of the teacher, the file that it came from."""
-        named = {"teacher": str(self.teacher)} if isinstance(self.teacher, str | Path) else {}
-        return {name: value for name, value in describe(self).items() if name != "teacher"} | named
 
 
 Imitate = Callable[[Any, tuple[Tensor, ...], Any, float], Tensor]
@@ -207,7 +202,7 @@ def _lesson(
     batch = precision.inputs(inputs, device)
     with torch.inference_mode():
         ours = student(*batch)
-    ask = _asked(teacher, precision, device)
+    ask = asked(teacher, precision, device)
     wanted = check_teacher(ask, batch, ours)
     look = _look(distill, student, task, ours)
     look(ours, wanted, batch, None)  # outputs that this loss cannot compare are named now
@@ -247,8 +242,15 @@ def _batches_of_an_epoch(task: Task) -> int | None:
     return None
 
 
-def _asked(teacher: Teacher, precision: Precision, device: torch.device) -> Teacher:
-    """The teacher without gradients, its outputs as tensors that training may keep."""
+def asked(teacher: Teacher, precision: Precision, device: torch.device) -> Teacher:
+    """The teacher without gradients, its outputs as tensors that training may keep.
+
+    Example:
+        >>> import torch
+        >>> ask = asked(lambda inputs: inputs[0] + 1, Precision(), torch.device("cpu"))
+        >>> ask((torch.ones(1, requires_grad=True),)).requires_grad
+        False
+    """
 
     def ask(inputs: tuple[Tensor, ...]) -> Any:
         with torch.inference_mode(), precision.autocast(device):

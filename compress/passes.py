@@ -7,6 +7,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+from torch.export import ExportedProgram
+
 from .network import Network
 from .task import Task
 
@@ -41,6 +44,10 @@ def describe(value: Any) -> dict[str, Any]:
             plain[field.name] = {type(item).__name__.lower(): describe(item)}
         elif isinstance(item, Mapping):
             plain[field.name] = dict(item) or None
-        elif not (isinstance(item, Network | Path) or callable(getattr(item, "seconds", None))):
+        elif isinstance(item, list | tuple):
+            plain[field.name] = [str(x) for x in item] if all(isinstance(x, str | Path) for x in item) else None
+        elif isinstance(item, Path):
+            plain[field.name] = str(item) if field.name != "checkpoint" else None
+        elif not (isinstance(item, Network | nn.Module | ExportedProgram) or callable(getattr(item, "seconds", None))):
             plain[field.name] = str(item)
     return {name: item for name, item in plain.items() if item is not None}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .distill import automatic, blended
+from .distill import asked, automatic, blended
 from .errors import RecipeError, UserError
 from .fake import faked, learned_ranges, on_grid, points, weights
 from .fold import folded
@@ -19,6 +19,7 @@ from .passes import describe
 from .quantization import Numbers, Quantization, quantization
 from .rounding import grid_scale
 from .task import Task, input_batches, training_batches
+from .teacher import Teacher, TeacherSource, check_teacher, open_teacher
 from .train import BatchLoss, Precision, Schedule, fit
 
 __all__ = ["Quantize", "calibrated", "fake_quantized", "trained_ranges"]
@@ -42,7 +43,7 @@ class Quantize(Schedule):
         layers: patterns of module names or operators to another of these or ``'fp32'``, as in `Quantization`.
         temperature: softens both sides' probabilities (Hinton, Vinyals, Dean 2015).
         labels: weight of the task's own loss where there are labels, from 0 (teacher alone) to 1 (labels alone).
-        teacher: the network to follow; the task's original where None.
+        teacher: what to follow, see `open_teacher`; the task's original where None.
         examples: inputs on which the ranges are started.
         checkpoint: a file to go on from after an interruption.
 
@@ -64,7 +65,7 @@ class Quantize(Schedule):
     layers: Mapping[str, str] = field(default_factory=dict)
     temperature: float = 4.0
     labels: float = 0.1
-    teacher: Network | None = field(default=None, repr=False)
+    teacher: TeacherSource | None = field(default=None, repr=False)
     examples: int = 512
     checkpoint: Path | None = field(default=None, repr=False)
 
@@ -88,19 +89,26 @@ class Quantize(Schedule):
         """Return the trained network; ``network`` and the teacher stay as they were."""
         plain = retrace(folded(network)).to(network.device)
         student = faked(plain, self.how, calibrated(plain, self.how, _inputs(task, self.examples)), _limits(plain, self.how))
-        teacher = self.teacher.copy() if self.teacher is not None else trace(task.model, task.inputs)
-        loss = self._loss(teacher.to(network.device).eval(), task)
+        loss = self._loss(self._teacher(plain, task), task)
         found = fit(student, task, loss, self, precision=Precision(), checkpoint=self.checkpoint, title="Quantize")
         on_grid(plain, student, self.how)
         learned = learned_ranges(student)
         ranges = {name: list(learned[leader]) for name, leader in points(plain, self.how).items()}
         return plain.then(**{"pass": "Quantize"}, **describe(self), found={**found, "ranges": ranges})
 
-    def _loss(self, teacher: Network, task: Task) -> BatchLoss:
+    def _teacher(self, network: Network, task: Task) -> Teacher:
+        """Opened, and checked on a batch."""
+        source = self.teacher if self.teacher is not None else trace(task.model, task.inputs)
+        ask = asked(open_teacher(source, network.device), Precision(), network.device)
+        inputs, _ = next(training_batches(task, 0))
+        inputs = tuple(x.to(network.device) for x in inputs)
+        with torch.inference_mode():
+            check_teacher(ask, inputs, network(*inputs))
+        return ask
+
+    def _loss(self, ask: Teacher, task: Task) -> BatchLoss:
         def imitation(outputs: Any, inputs: tuple[Tensor, ...], targets: Any, part: float) -> Tensor:
-            with torch.no_grad():
-                wanted = teacher(*inputs)
-            return part * automatic(task, outputs, self.temperature)(outputs, wanted, inputs, targets)
+            return part * automatic(task, outputs, self.temperature)(outputs, ask(inputs), inputs, targets)
 
         return blended(task, self.labels, imitation)
 

@@ -64,7 +64,7 @@ _CRITERIA: dict[str, Any] = {
         pruning.Random,
     )
 }
-_NOT_IN_FILES = {"teacher", "checkpoint", "clock"}
+_NOT_IN_FILES = {"checkpoint", "clock"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _written(item: Any) -> dict[str, Any]:
 
 
 def _not_in_files(kind: Any) -> set[str]:
-    """Settings that only Python can give: networks, and what `Distill` finds out about the machine."""
+    """Settings that only Python can give: where a run stands, and what was found out about the machine."""
     return _NOT_IN_FILES | ({"precision"} if issubclass(kind, Distill) else set())
 
 
@@ -236,8 +236,20 @@ def _build(kind: Any, settings: Any, name: str) -> Any:
     values = {}
     for key, value in settings.items():
         _known(key, tuple(sorted(known)), f"setting of {name}")
-        values[key] = _criterion(value) if key == "criterion" else _typed(value, hints[key], f"{name}.{key}")
+        special = {"criterion": _criterion, "teacher": _teacher}.get(key)
+        values[key] = special(value) if special else _typed(value, hints[key], f"{name}.{key}")
     return kind(**values)
+
+
+def _teacher(value: Any) -> Any:
+    """Files or folders, each of which is there now: training may come hours later."""
+    files = [value] if isinstance(value, str) else value
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
+        raise RecipeError(f"a teacher is the path of a file, or a list of them, not {value!r}.")
+    for file in files:
+        if not Path(file).exists():
+            raise RecipeError(f"there is no teacher {file}: paths count from the folder where edgepress is started.")
+    return value
 
 
 def _criterion(value: Any) -> Any:

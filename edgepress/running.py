@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgepress.compress.distill import Distill
 from edgepress.compress.distributed import World, join
 from edgepress.compress.errors import EdgepressError, RecipeError
@@ -23,6 +21,7 @@ from edgepress.compress.pruning import Prune
 from edgepress.compress.quantize import Quantize
 from edgepress.compress.schedule import Schedule
 from edgepress.compress.task import Task
+from edgepress.compress.teacher import fingerprint
 from edgepress.targets.devices import Device
 from edgepress.targets.latency import LatencyTable
 
@@ -37,17 +36,16 @@ def run_passes(
     network: Network, task: Task, passes: Sequence[Pass], folder: Path, threads: int = 1, place: str | Device = "local"
 ) -> Network:
     """Run the passes, keeping each one's network on disk: an interrupted run goes on after the last one that is there."""
-    world, unchanged = join(network.device), _fingerprint(network)
+    world, unchanged = join(network.device), fingerprint(network)
     key = hashlib.sha256(f"{__version__} {unchanged}".encode())
     for number, item in enumerate(passes):
         name = type(item).__name__
-        teachers = [_fingerprint(v) for v in vars(item).values() if isinstance(v, Network)]
-        key.update(json.dumps([name, describe(item), teachers]).encode())
+        key.update(json.dumps([name, describe(item), fingerprint(getattr(item, "teacher", None))]).encode())
         saved = folder / f"{number:02d}-{name.lower()}-{key.hexdigest()[:10]}"
         if world.agree(saved.is_dir):
             say("{} was finished before: going on from {}; delete that folder to run it again, on other data say.", name, saved)
             network = Network.load(saved)
-            unchanged = _fingerprint(network)
+            unchanged = fingerprint(network)
             continue
         checkpoint = saved.with_suffix(".checkpoint")
         if isinstance(item, Distill | Quantize | Prune) and (world.size == 1 or not isinstance(item, Prune)):
@@ -71,7 +69,7 @@ def run_passes(
             result.macs() / 1e6,
             result.parameter_count,
         )
-        network, unchanged = result, _fingerprint(result)
+        network, unchanged = result, fingerprint(result)
     return network
 
 
@@ -80,7 +78,7 @@ def _run_pass(item: Pass, network: Network, task: Task, saved: Path, unchanged: 
 
     def run() -> Network:
         result = item(network, task)
-        if _fingerprint(network) != unchanged:
+        if fingerprint(network) != unchanged:
             raise RecipeError(f"The pass {type(item).__name__} changed the network it was given; a pass returns a new one.")
         return result
 
@@ -94,14 +92,6 @@ def _run_pass(item: Pass, network: Network, task: Task, saved: Path, unchanged: 
     else:
         world.agree(lambda: str(run().save(saved)))
     return Network.load(saved).to(network.device)
-
-
-def _fingerprint(network: Network) -> str:
-    """A hash of the graph and of every weight."""
-    digest = hashlib.sha256(str(network.module.graph).encode())
-    for tensor in network.tensors():
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def say(text: str, *values: Any) -> None:

@@ -87,12 +87,18 @@ class Graph:
         return node
 
     def finish(self) -> Any:
-        """Put the nodes into an order in which each follows what it reads, and drop the constants that nobody reads."""
+        """Put the nodes into an order in which each follows what it reads, and drop nodes and constants that nobody reads.
+
+        ONNX Runtime does run a `DequantizeLinear` that nobody reads.
+        """
         graph = self.model.graph
-        ordered = _ordered(self.nodes)
-        used = {name for node in ordered for name in {*node.input} | captured(node)} | self.outputs
+        used, read = set(self.outputs), []
+        for node in reversed(_ordered(self.nodes)):
+            if not used.isdisjoint(node.output):
+                used |= {*node.input} | captured(node)
+                read.append(node)
         del graph.node[:], graph.initializer[:], graph.value_info[:]
-        graph.node.extend(ordered)
+        graph.node.extend(reversed(read))
         graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in used)
         return self.model
 

@@ -203,6 +203,38 @@ def test_selection_must_meet_the_budget_it_reports():
     assert smaller.macs() > 0.4 * network.macs(), "far more than asked went"
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_nothing_that_fits_may_be_gone(seed, degree):
+    network, channels = cnn()
+    scores = np.random.default_rng(seed).lognormal(0, 2, len(channels.classes))
+    branch = next(b for b in branches(network) if b.parameters)
+    depth = Depth(frozenset(branch.nodes), 5.0, branch.addition)
+    goal = macs_goal(channels, 0.3 * network.macs())[0]
+    chosen = select(channels, scores, [goal], Bounds(multiple=4), degree=degree, branches=[depth])
+    counts, without = np.array(chosen.kept, float), depth.nodes if chosen.branches else frozenset()
+    back = np.array([g.step(4) if n < len(g.channels) else 0 for g, n in zip(channels.groups, chosen.kept, strict=True)], float)
+    assert back.any()
+    assert (goal.cost.after(counts, -back, without)[back > 0] > goal.limit).all()
+    if chosen.branches:
+        assert goal.cost.total(counts) > goal.limit
+
+
+def test_a_large_step_that_reaches_the_budget_must_give_back_what_it_made_needless():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 64), nn.Linear(64, 2))
+    _, channels = found(net, torch.zeros(1, 4))
+    macs = Macs(channels)
+    assert macs.total(now(channels)) == 4 * 8 + 8 * 64 + 64 * 2
+    scores = np.concatenate([np.full(8, 0.1), np.full(64, 1.0)])  # the narrow one costs less for what it saves
+    chosen = select(channels, scores, [Goal(macs, 600.0)], Bounds(multiple=8, max_part=0.9))
+    assert chosen.reached
+    assert chosen.kept == (8, 56)  # one step of the narrow one is not there to be had: 8 is the whole of it
+    scores = np.concatenate([np.full(16, 0.1), np.full(64, 1.0)])
+    _, channels = found(nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 64), nn.Linear(64, 2)), torch.zeros(1, 4))
+    chosen = select(channels, scores, [Goal(Macs(channels), 1100.0)], Bounds(multiple=8))
+    assert chosen.kept == (8, 64)
+
+
 def test_kept_counts_must_be_multiples_where_the_original_was():
     torch.manual_seed(0)
     model = nn.Sequential(nets.cbr(3, 32), nets.cbr(32, 12), nets.cbr(12, 64), nets.Head(64))

@@ -268,6 +268,26 @@ def test_training_recovers_what_four_bits_lost(labelled):
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_the_teacher_may_be_a_file(tmp_path):
+    model, other = seeded(Residual), seeded(Residual)
+    with torch.no_grad():
+        other.head.bias += torch.tensor([5.0, 0, 0, 0, 0])
+    path = edgepress.export(trace(other, images(1)), tmp_path / "other.onnx").path
+    network, task, x = trace(model, images(1)), a_task(model, labelled=False), images(100, 9)
+    with silenced():
+        own, told = (Quantize(epochs=6, lr=0.01, teacher=t)(network, task).predict(x.numpy()) for t in (None, path))
+    assert (told - own)[:, 0].mean() > 1.0
+    told = Quantize(epochs=1e-6, teacher=[str(path)])
+    assert edgepress.Recipe((told,)).yaml().count(f"- {path}") == 1
+
+
+def test_a_teacher_of_another_task_is_refused():
+    model, other = seeded(Residual), seeded(Residual)
+    other.head = nn.Linear(12, 7)
+    with pytest.raises(RecipeError, match=r"The teacher gives \[\d+, 7\] where the student gives \[\d+, 5\]"):
+        Quantize(epochs=1, teacher=trace(other, images(1)))(trace(model, images(1)), a_task(model))
+
+
 def test_the_network_that_came_in_stays_as_it_was():
     model = seeded(Residual)
     network = trace(model, images(1))

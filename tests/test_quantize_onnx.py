@@ -174,6 +174,11 @@ def test_every_layer_must_run_in_integers(small, tmp_path):
     assert not found.keys() & {"Conv", "FusedConv", "Gemm", "FusedGemm", "Add", "Mul", "Concat", "Relu", "Clip", "Sigmoid"}
 
 
+def test_no_node_may_be_left_that_nobody_reads(small):
+    read = {name for node in small.graph.node for name in node.input} | {o.name for o in small.graph.output}
+    assert [node.op_type for node in small.graph.node if read.isdisjoint(node.output)] == []
+
+
 def test_a_depthwise_file_must_run_and_be_right(model, small):
     array = images(16, seed=2)
     wanted, found = run(model, array)[0], run(small, array)[0]

@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import yaml
 
 import edgepress as ep
 from edgepress.compress.errors import FileError, RecipeError
@@ -70,7 +73,9 @@ def test_recipe_reads_back_what_it_writes(tmp_path, recipe):
         ("passes: [{prune: {rounds: [1]}}]", "prune.rounds is [1]; it must be int"),
         ("passes: [{distill: {epochs: true}}]", "distill.epochs is True"),
         ("passes: [{distill: {optimizer: adam}}]", "'adam' is no known value of distill.optimizer; did you mean 'adamw'?"),
-        ("passes: [{distill: {teacher: me}}]", "'teacher' is no known setting of distill"),
+        ("passes: [{distill: {teacher: me.onnx}}]", "there is no teacher me.onnx: paths count from the folder where"),
+        ("passes: [{quantize: {teacher: [3]}}]", "a teacher is the path of a file, or a list of them, not [3]"),
+        ("passes: [{distill: {checkpoint: me}}]", "'checkpoint' is no known setting of distill"),
         ("passes: [{prune: {macs: 2}}]", "Prune(macs=2.0) makes no sense"),
         ("export: {formats: [onx]}", "'onx' is no known format; did you mean 'onnx'?"),
         ("export: {precisions: []}", "names no precision"),
@@ -85,6 +90,17 @@ def test_recipe_refuses_what_it_does_not_know(tmp_path, text, said):
         read(tmp_path, text)
     assert said in str(caught.value)
     assert "recipe.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("teacher", ["one.onnx", ["one.onnx", "two.pt2"]])
+def test_recipe_names_teachers(tmp_path, monkeypatch, teacher):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.onnx", "two.pt2"):
+        Path(name).touch()
+    for name in ("distill", "quantize"):
+        recipe = read(tmp_path, yaml.safe_dump({"passes": [{name: {"teacher": teacher}}]}))
+        assert recipe.passes[0].teacher == teacher
+        assert read(tmp_path, recipe.yaml()) == recipe
 
 
 def test_recipe_that_is_not_there_is_named(tmp_path):
