@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import operator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from .distill import output_distance
-from .errors import RecipeError
+from .errors import EdgepressError, RecipeError
 from .network import Network, retrace
 from .passes import describe
 from .progress import bar
 from .task import Task, input_batches, training_batches
 
-__all__ = ["Branch", "Shorten", "branches", "left_out", "without"]
+__all__ = ["Branch", "Shorten", "branches", "found_again", "left_out", "without"]
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
@@ -129,20 +130,45 @@ def branches(network: Network) -> list[Branch]:
     return found
 
 
-def without(network: Network, branch: Branch) -> Network:
-    """A new network in which the addition passes its other operand through."""
+def without(network: Network, *gone: Branch) -> Network:
+    """A new network in which the branches' additions pass their other operands through.
+
+    Weights that only these branches read together go with them.
+    """
     shorter = network.copy()
     graph = shorter.module.graph
-    node = next(n for n in graph.nodes if n.name == branch.addition)
-    node.replace_all_uses_with(node.args[1 - branch.operand])
-    graph.erase_node(node)
+    held = _held(graph)
+    named = {node.name: node for node in graph.nodes}
+    for branch in gone:
+        node = named[branch.addition]
+        node.replace_all_uses_with(node.args[1 - branch.operand])
+        graph.erase_node(node)
     _merge_activations(graph)
     _sweep(graph)
-    for name in branch.parameters:
+    for name in held - _held(graph):
         path, _, leaf = name.rpartition(".")
         delattr(shorter.module.get_submodule(path), leaf)
     shorter.module.recompile()
     return retrace(shorter)
+
+
+def found_again(gone: Collection[Branch], before: Network, after: Network) -> list[Branch]:
+    """The same branches in a network whose nodes have other names, for it was exported again: its additions are in that order.
+
+    Raises:
+        EdgepressError: it has more or fewer of them.
+    """
+    old, new = ([n.name for n in network.module.graph.nodes if n.target in _ADDITIONS] for network in (before, after))
+    if len(old) != len(new):
+        raise EdgepressError(
+            f"{len(old)} additions became {len(new)} when channels were removed: this is a bug; please report it."
+        )
+    renamed = dict(zip(old, new, strict=True))
+    return [replace(branch, addition=renamed[branch.addition]) for branch in gone]
+
+
+def _held(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.find_nodes(op="get_attr")}
 
 
 def _branch(addition: fx.Node, index: int) -> Branch | None:
@@ -164,8 +190,9 @@ def _exclusive(operand: fx.Node, addition: fx.Node) -> list[fx.Node]:
     for node in reversed(addition.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
-        users = set(node.users)
-        if (node is operand and users == {addition}) or (users and users <= dead):
+        users = set(node.users) - ({addition} if node is operand else set())
+        unread = users <= dead if node is operand or node.users else False
+        if unread or (_writes(node) and _writes_for(node, dead | ({addition} if _written(node) is operand else set()))):
             dead.add(node)
     return [n for n in addition.graph.nodes if n in dead]
 
@@ -179,10 +206,44 @@ def _merge_activations(graph: fx.Graph) -> None:
 
 
 def _sweep(graph: fx.Graph) -> None:
-    """Erase what nothing reads, additions in place included: torch's own elimination keeps whatever might be impure."""
+    """Erase what nothing reads, writing in place included: torch's own elimination keeps whatever might be impure."""
     for node in reversed(graph.nodes):
-        if node.op in ("call_function", "get_attr") and not node.users:
+        if node.op in ("call_function", "get_attr") and not node.users and (not _writes(node) or _writes_for(node, set())):
             graph.erase_node(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _writes_for(node: fx.Node, dead: set[fx.Node]) -> bool:
+    """Whether a node that writes in place, and that nobody reads, writes into a tensor, made here, that only dead nodes read."""
+    made = _written(node)
+    seen, left = {made}, [made]
+    while left:
+        for user in left.pop().users:
+            if user not in seen and (_is_view(user) or (_writes(user) and user.args[0] in seen)):
+                seen.add(user)
+                left.append(user)
+    read = {user for shown in seen for user in shown.users}
+    return not node.users and made.op == "call_function" and read <= seen | dead
+
+
+def _written(node: fx.Node) -> fx.Node:
+    """The node that made the tensor whose numbers a view shows, or that is written in place."""
+    while _is_view(node) or _writes(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether it shows the numbers of its first argument."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])  # type: ignore[arg-type]
+    schema = getattr(node.target, "_schema", None)
+    infos = [r.alias_info for r in schema.returns] if schema is not None else []
+    return any(info is not None and not info.is_write for info in infos) and isinstance(node.args[0], fx.Node)
 
 
 def _shape(node: fx.Node) -> Any:
@@ -236,13 +297,15 @@ def _cheapest(
 def left_out(network: Network, branch: Branch) -> Iterator[None]:
     """Inside, the addition's readers read its other operand; much cheaper than `without`, which exports again."""
     node = next(n for n in network.module.graph.nodes if n.name == branch.addition)
-    other = node.args[1 - branch.operand]
+    other, kind = node.args[1 - branch.operand], node.target
     before = {user: (user.args, user.kwargs) for user in node.users}
     node.replace_all_uses_with(other)
+    node.target = torch.ops.aten.add.Tensor  # one in place would write into the other operand
     network.module.recompile()
     try:
         yield
     finally:
+        node.target = kind
         for user, (args, kwargs) in before.items():
             user.args, user.kwargs = args, kwargs
         network.module.recompile()

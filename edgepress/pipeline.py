@@ -30,7 +30,7 @@ from edgepress.targets.stats import Ratio
 from edgepress.targets.verify import Parity, verify
 
 from .recipe import Recipe, default_recipe
-from .repair import repaired, why_slow
+from .repair import eased, repaired, why_slow
 from .report import FileResult, Layer, Report, write
 from .running import run_passes, say
 from .tasks import load_task
@@ -95,7 +95,10 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
         candidates = _export_all({"original": original, "pressed": pressed}, task, recipe, folder, warnings)
     with clock.stage("judge the files"):
         judged = [found for candidate in candidates if (found := _run_file(candidate, task, judge, place, warnings)) is not None]
-        judged += _repaired_files(judged, candidates, task, recipe, judge, place, warnings)
+        judged += [
+            *_repaired_files(judged, candidates, task, recipe, judge, place, warnings),
+            *_eased_files(judged, candidates, task, recipe, judge, place, threads),
+        ]
     if not any(f.baseline for f in judged):
         raise FileError("None of the original's fp32 files works, so there is nothing to compare with: " + " ".join(warnings))
     with clock.stage("measure"), _dense_twins(judged, pressed, task, warnings) as twins:
@@ -152,7 +155,7 @@ class _Candidate:
     artifact: Artifact
     baseline: bool
     repairs: str = ""
-    """What was done to a quantized file to hold its accuracy."""
+    """What was done to a quantized file to hold its accuracy, or to be faster."""
 
 
 def _export_all(networks: dict[str, Network], task: Task, recipe: Recipe, folder: Path, warnings: list[str]) -> list[_Candidate]:
@@ -245,6 +248,37 @@ def _repaired_files(
             warnings.append(f"Neither repairs nor layers in floats bring the accuracy of {path.name} back.")
         else:
             found.append(replace(last, artifact=made[0], repairs=made[1]))
+    return found
+
+
+def _eased_files(
+    judged: Sequence[_Judged],
+    candidates: Sequence[_Candidate],
+    task: Task,
+    recipe: Recipe,
+    judge: _Judge,
+    place: Device,
+    threads: int,
+) -> list[_Judged]:
+    """For each quantized file that is faster with its first layers in floats: that one. Found by profile, so on this computer."""
+    found = []
+    known = {f.artifact.path: f for f in judged}
+    for candidate in candidates if place.name == "local" else ():
+        plain, floats = known.get(candidate.artifact.path), known.get(_float_twin(candidate.artifact))
+        how = recipe.quantization(candidate.artifact.precision)
+        if plain is None or floats is None or not how.calibrated or plain.deciding_drop > judge.max_drop:
+            continue
+        with contextlib.suppress(UserError):  # the file stands without
+            made = eased(candidate.network, plain.artifact, floats.artifact, how, task, threads)
+            if made is None:
+                continue
+            say("Measuring whether {} in {} make it faster.", made[1], plain.artifact.path.name)
+            faster = ratio(*measure([plain.artifact, made[0]], device=place, threads=threads)).low > 1
+            result = _run_file(_Candidate(candidate.network, made[0], False, made[1]), task, judge, place, []) if faster else None
+            if result is not None and result.deciding_drop <= judge.max_drop:
+                found.append(result)
+            else:
+                made[0].path.unlink(missing_ok=True)
     return found
 
 
@@ -396,7 +430,7 @@ def _report(
 
 def _float_twin(artifact: Artifact) -> Path:
     """Where the same network stands in floats, in the same format."""
-    stem = artifact.path.stem.removesuffix("-repaired").removesuffix(artifact.precision)
+    stem = artifact.path.stem.removesuffix("-repaired").removesuffix("-mixed").removesuffix(artifact.precision)
     return artifact.path.with_name(f"{stem}fp32{artifact.path.suffix}")
 
 

@@ -1,4 +1,4 @@
-"""What is done about a quantized file that lost too much, and why one is slow."""
+"""What is done about a quantized file that lost too much, or whose first layers integers make slower, and why one is slow."""
 
 from __future__ import annotations
 
@@ -20,15 +20,24 @@ from edgepress.targets.artifact import Artifact, read_artifact
 from edgepress.targets.calibration import halves
 from edgepress.targets.export import write_file, writer
 from edgepress.targets.profile import profile
-from edgepress.targets.sensitivity import output_error, sensitivity
+from edgepress.targets.sensitivity import layers_of, output_error, sensitivity, slower_in_floats
 
-__all__ = ["improved", "repaired", "why_slow"]
+__all__ = ["eased", "improved", "repaired", "why_slow"]
 
 _EXAMPLES = 128
 """Examples that repairs are tried with: half of them to calibrate, half to look at."""
 
 _HELPS = 0.95
 """What part of the error a repair may leave: less gain than that is chance."""
+
+_EASES = 0.02
+"""What part of a file's time the layers in floats have to save to be worth a try."""
+
+_RESOLUTION_NS = 1000.0
+"""Of the runtimes' profilers: less is chance."""
+
+_FIRST_LAYERS = 0.1
+"""What part of the weights may stay in floats for it."""
 
 Made = tuple[Artifact, str]
 
@@ -71,6 +80,42 @@ def repaired(network: Network, path: Path, how: Quantization, task: Task, holds:
             return made[0], ", ".join((*said, made[1]))
     path.unlink(missing_ok=True)
     return None
+
+
+def eased(network: Network, artifact: Artifact, floats: Artifact, how: Quantization, task: Task, threads: int) -> Made | None:
+    """Write a file beside ``artifact`` whose first layers stay in floats, where the runtime's profile says that this saves time.
+
+    Integers make a convolution of three channels and the depthwise one behind it slower on some CPUs, and rounding the largest
+    activations of a network costs it the most. Whether the file is faster has to be measured then.
+
+    Args:
+        network: what is written.
+        artifact: the quantized file, on this computer.
+        floats: the same in fp32.
+        how: the precision of the others.
+        task: whose calibration data is used.
+        threads: of the runtime.
+
+    Returns:
+        The file, and which layers are in floats, in words; None where nothing is to be gained.
+    """
+    slower, names = slower_in_floats(floats, artifact, threads), layers_of(network)
+    weights = {name: p.numel() for name, p in network.module.named_parameters()}
+    costs, inside, best = 0.0, 0, 0
+    least = -max(_EASES * profile(artifact, threads).rows_ns, _RESOLUTION_NS)
+    for count, name in enumerate(names, 1):
+        costs += slower.get(name, 0.0)
+        inside += sum(size for weight, size in weights.items() if weight.startswith(f"{name}."))
+        if inside > _FIRST_LAYERS * sum(weights.values()):
+            break
+        if costs < least:
+            best, least = count, costs
+    if not best:
+        return None
+    path = artifact.path.with_stem(f"{artifact.path.stem}-mixed")
+    layers = {**how.layers, **dict.fromkeys(names[:best], "fp32")}
+    write_file(path, _writer(network, path, task, how)(replace(how, layers=layers)))
+    return read_artifact(path), f"{_listed(names[:best])} in floats"
 
 
 def _writer(network: Network, path: Path, task: Task, how: Quantization) -> Callable[[Quantization], bytes]:

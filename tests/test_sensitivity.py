@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
 import edgepress as ep
+from edgepress import pipeline, repair
 from edgepress.cli import main
 from edgepress.compress.errors import UserError
 from edgepress.compress.progress import silenced
 from edgepress.compress.quantization import quantization
 from edgepress.compress.task import Task
 from edgepress.targets.sensitivity import layers_of, sensitivity
+from edgepress.targets.stats import Ratio
 
 
 class Fragile(nn.Module):
@@ -85,14 +89,58 @@ def test_a_quantized_file_that_lost_too_much_is_followed_by_one_that_did_not(tas
     assert {entry["path"] for entry in notes} == set(files)
 
 
+@pytest.mark.parametrize(
+    ("slower", "layers"),
+    [
+        ({"first": -1e9}, 1),
+        ({"first": 1e8, "second": -1e9}, 2),
+        ({"first": -1e9, "second": 1e8}, 1),
+        ({"first": 1e9}, 0),
+        ({"first": -1.0}, 0),  # too little
+        ({"third": -1e9}, 0),  # with it too many weights would be in floats
+    ],
+)
+def test_first_layers_that_integers_make_slower_stay_in_floats(tmp_path, monkeypatch, slower, layers):
+    torch.manual_seed(0)
+    names = ("first", "second", "third", "fourth")
+    model = nn.Sequential(
+        OrderedDict(zip(names, (nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 60), nn.Linear(60, 4)), strict=True))
+    )
+    task = Task(model, torch.randn(2, 4), lambda predict: {"score": 0.0}, "score", calibration_batches=[torch.randn(64, 4)])
+    network, how = ep.trace(model, task.inputs), quantization("int8")
+    plain = ep.export(network, tmp_path / "net-int8.onnx", how, task.calibration_batches)
+    floats = ep.export(network, tmp_path / "net-fp32.onnx")
+    monkeypatch.setattr(repair, "slower_in_floats", lambda *files: slower)
+    made = repair.eased(network, plain, floats, how, task, 1)
+    assert (made is None) == (layers == 0)
+    if made is not None:
+        assert made[1] == f"{', '.join(names[:layers])} in floats"
+        assert made[0].path == tmp_path / "net-int8-mixed.onnx"
+        stored = onnx.load(made[0].path).graph.initializer
+        assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in stored) == 4 - layers
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_mixed_file_is_delivered_where_it_is_measured_to_be_faster(tmp_path, monkeypatch, faster):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 60), nn.Linear(60, 4))
+    task = Task(model, torch.randn(2, 4), lambda predict: {"score": 90.0}, "score", calibration_batches=[torch.randn(64, 4)])
+    monkeypatch.setattr(repair, "slower_in_floats", lambda *files: {"0": -1e9})
+    monkeypatch.setattr(pipeline, "ratio", lambda one, other: Ratio(1.2, 1.1, 1.3) if faster else Ratio(1.0, 0.9, 1.1))
+    with silenced():
+        report = ep.press(task, recipe=ep.Recipe(formats=("onnx",), precisions=("int8",)), out=tmp_path)
+    names = [file.name for file in report.files]
+    assert ("original-int8-mixed.onnx" in names) == (tmp_path / "original-int8-mixed.onnx").exists() == faster
+    if faster:
+        assert report.files[-1].verdict == "accepted (0 in floats)"
+
+
 def test_leaving_a_layer_in_floats_is_written_into_the_file(task, tmp_path):
     network = ep.trace(task.model, task.inputs)
     kinds = {}
     for name, layers in {"all": {}, "some": {"fragile": "fp32"}}.items():
         how = quantization("int8", layers=layers)
         ep.export(network, tmp_path / f"{name}.onnx", how, task.calibration_batches)
-        import onnx
-
         graph = onnx.load(tmp_path / f"{name}.onnx").graph
         kinds[name] = sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 for t in graph.initializer)
     assert kinds == {"all": 4, "some": 3}

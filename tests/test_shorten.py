@@ -1,10 +1,12 @@
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 from edgepress.compress.errors import RecipeError
 from edgepress.compress.network import trace
-from edgepress.compress.shorten import Shorten, branches, without
+from edgepress.compress.shorten import Shorten, branches, left_out, without
 from edgepress.compress.task import Task
 
 
@@ -108,3 +110,61 @@ def test_shorten_leaves_a_network_without_branches_alone(task):
 def test_shorten_refuses_budgets_outside_0_and_1(macs):
     with pytest.raises(RecipeError, match="between 0 and 1"):
         Shorten(macs=macs)
+
+
+class Assigns(nn.Module):
+    """A branch whose insides are put together by writing into slices, and one behind it that adds in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.start(x).relu()
+        parts = torch.zeros_like(x)
+        parts[:, :3] = self.a(x)
+        parts[:, 3:] = self.b(x)
+        x = x + parts
+        mask = torch.zeros_like(x)
+        mask[:, ::2] = 1.0
+        x += self.c(x)
+        return x * mask
+
+
+@pytest.mark.parametrize("gone", [("a.weight",), ("c.weight",), ("a.weight", "c.weight")])
+def test_what_is_written_in_place_stays_where_it_is_read_and_goes_where_it_is_not(gone):
+    torch.manual_seed(0)
+    model = Assigns().eval()
+    network, x = trace(model, torch.zeros(2, 4)), torch.randn(3, 4)
+    chosen = [b for b in branches(network) if any(name in gone for name in b.parameters)]
+    assert len(chosen) == len(gone)
+    shorter = without(network, *chosen)
+    with torch.no_grad():
+        y = model.start(x).relu()
+        y = y if "a.weight" in gone else y + torch.cat([model.a(y), model.b(y)], 1)
+        y = y if "c.weight" in gone else y + model.c(y)
+        assert torch.allclose(shorter(x), y * torch.tensor([1.0, 0] * 3), atol=1e-6)
+        with contextlib.ExitStack() as stack:
+            for branch in chosen:
+                stack.enter_context(left_out(network, branch))
+            assert torch.allclose(network(x), shorter(x), atol=1e-6)
+        assert torch.allclose(network(x), model(x), atol=1e-6)
+    left = {name.partition(".")[0] for name, _ in shorter.module.named_parameters()}
+    assert left == {"start", *({"a", "b"} if "a.weight" not in gone else ()), *({"c"} if "c.weight" not in gone else ())}
+
+
+def test_weights_that_two_branches_share_go_with_both():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.one, self.two = nn.Parameter(torch.ones(4)), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            scale = self.both.exp()
+            x = x + self.one(x) * scale
+            return x + self.two(x) * scale
+
+    network = trace(Shared(), torch.randn(2, 4))
+    every = branches(network)
+    assert "both" in without(network, every[0]).state_dict()
+    assert list(without(network, *every).state_dict()) == []

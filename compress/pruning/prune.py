@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from ..errors import EdgepressError, RecipeError
 from ..network import Network
 from ..passes import describe
 from ..progress import bar
-from ..shorten import Branch, branches, left_out, without
+from ..shorten import Branch, branches, found_again, left_out, without
 from ..task import Task, labelled_loss, training_batches
 from .analysis import Analysis, Attention, analyse
 from .budget import Budget, limit
@@ -224,8 +225,8 @@ class Prune:
         chosen = select(channels, scores, goals, start.bounds, degree=self.criterion.degree, branches=depths)
         gone = [ends[i][0] for i in chosen.branches]
         smaller, error = _cut(network, analysis, chosen.removed)
-        for branch in gone:
-            smaller, difference = _shortened(smaller, branch)
+        if gone:
+            smaller, difference = _shortened(smaller, found_again(gone, network, smaller))
             error = max(error, difference)
         return smaller, {"oracle_error": error, "branches": [b.module for b in gone]}
 
@@ -302,12 +303,11 @@ def _cut(network: Network, analysis: Analysis, removed: Ids) -> tuple[Network, f
     return smaller, _agreeing(smaller, masked(analysis, removed), network, "a pruning rule")
 
 
-def _shortened(network: Network, branch: Branch) -> tuple[Network, float]:
-    """Without the branch, which goes by its weights: names of nodes are new after every export."""
-    same = next(b for b in branches(network) if b.parameters == branch.parameters)
-    shorter = without(network, same)
-    expected = network.copy()
-    with left_out(expected, same):
+def _shortened(network: Network, gone: Sequence[Branch]) -> tuple[Network, float]:
+    shorter, expected = without(network, *gone), network.copy()
+    with contextlib.ExitStack() as stack:
+        for branch in gone:
+            stack.enter_context(left_out(expected, branch))
         return shorter, _agreeing(shorter, expected, network, "the removal of a branch")
 
 
