@@ -168,7 +168,8 @@ def found_again(gone: Collection[Branch], before: Network, after: Network) -> li
 
 
 def _held(graph: fx.Graph) -> set[str]:
-    return {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    """Names of the weights that something reads."""
+    return {str(node.target) for node in graph.find_nodes(op="get_attr") if node.users}
 
 
 def _branch(addition: fx.Node, index: int) -> Branch | None:

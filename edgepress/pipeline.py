@@ -272,7 +272,7 @@ def _eased_files(
             made = eased(candidate.network, plain.artifact, floats.artifact, how, task, threads)
             if made is None:
                 continue
-            say("Measuring whether {} in {} make it faster.", made[1], plain.artifact.path.name)
+            say("Measuring {} with {}.", plain.artifact.path.name, made[1])
             faster = ratio(*measure([plain.artifact, made[0]], device=place, threads=threads)).low > 1
             result = _run_file(_Candidate(candidate.network, made[0], False, made[1]), task, judge, place, []) if faster else None
             if result is not None and result.deciding_drop <= judge.max_drop:

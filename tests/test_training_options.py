@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgepress.compress import precision as precision_module
 from edgepress.compress.average import Average
 from edgepress.compress.errors import FileError, RecipeError, TaskError
 from edgepress.compress.features import places, watched
@@ -418,8 +419,10 @@ def test_compiling_that_fails_leaves_steps_as_they_are(network, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     inputs = (torch.randn(4, 1, 8, 8),)
     assert compiled_where_faster(network, inputs, PLAIN) == PLAIN
-    monkeypatch.setattr(torch, "compile", lambda module: lambda x: torch.zeros(1, requires_grad=True) * 1.0)
-    assert compiled_where_faster(network, inputs, PLAIN) == Precision(compiled=True)
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    for seconds, chosen in ((1.0, Precision(compiled=True)), (3.0, PLAIN)):
+        monkeypatch.setattr(precision_module, "_trial_step", lambda call, kind, *rest, s=seconds: s if kind.compiled else 2.0)
+        assert compiled_where_faster(network, inputs, PLAIN) == chosen
 
 
 def test_compiled_steps_train_the_same_weights(task, network, monkeypatch):

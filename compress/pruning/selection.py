@@ -226,16 +226,17 @@ class _Search:
 
     def run(self, state: _State) -> _State:
         """The state of the least price that meets the goals; where none does, the smallest that was found."""
-        ends: list[_State] = []
-        while not ends or self.price(state) < min(map(self.price, ends)):
+        best, least = None, np.inf
+        while self.price(state) < least:
             moves = sorted([*self._channel_moves(state), *self._branch_moves(state)], key=lambda move: move.rank)
             if moves and moves[0].ends:
-                ends.append(self._without_excess(self._after(state, moves[0])))
+                end = self._without_excess(self._after(state, moves[0]))
+                best, least = min((best, least), (end, self.price(end)), key=lambda found: found[1])
             smaller = next((move for move in moves if not move.ends), None)
             if smaller is None:
                 break
             state = self._after(state, smaller)
-        return min(ends, key=self.price, default=state)
+        return best or state
 
     def met(self, state: _State) -> bool:
         """Whether all goals are."""
