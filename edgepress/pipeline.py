@@ -268,17 +268,19 @@ def _eased_files(
         how = recipe.quantization(candidate.artifact.precision)
         if plain is None or floats is None or not how.calibrated or plain.deciding_drop > judge.max_drop:
             continue
+        result, mixed = None, plain.artifact.path.with_stem(f"{plain.artifact.path.stem}-mixed")
+        mixed.unlink(missing_ok=True)  # of an earlier run
         with contextlib.suppress(UserError):  # the file stands without
             made = eased(candidate.network, plain.artifact, floats.artifact, how, task, threads)
             if made is None:
                 continue
             say("Measuring {} with {}.", plain.artifact.path.name, made[1])
-            faster = ratio(*measure([plain.artifact, made[0]], device=place, threads=threads)).low > 1
-            result = _run_file(_Candidate(candidate.network, made[0], False, made[1]), task, judge, place, []) if faster else None
-            if result is not None and result.deciding_drop <= judge.max_drop:
-                found.append(result)
-            else:
-                made[0].path.unlink(missing_ok=True)
+            if ratio(*measure([plain.artifact, made[0]], device=place, threads=threads)).low > 1:
+                result = _run_file(_Candidate(candidate.network, made[0], False, made[1]), task, judge, place, [])
+        if result is not None and result.deciding_drop <= judge.max_drop:
+            found.append(result)
+        else:  # whatever went wrong, no file is left that no report speaks of
+            mixed.unlink(missing_ok=True)
     return found
 
 
