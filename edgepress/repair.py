@@ -99,10 +99,11 @@ def eased(network: Network, artifact: Artifact, floats: Artifact, how: Quantizat
     Returns:
         The file, and which layers are in floats, in words; None where nothing is to be gained.
     """
-    slower, names = slower_in_floats(floats, artifact, threads), layers_of(network)
+    measured, names = profile(artifact, threads), layers_of(network)
+    slower = slower_in_floats(profile(floats, threads), measured)
     weights = {name: p.numel() for name, p in network.module.named_parameters()}
     costs, inside, best = 0.0, 0, 0
-    least = -max(_EASES * profile(artifact, threads).rows_ns, _RESOLUTION_NS)
+    least = -max(_EASES * measured.rows_ns, _RESOLUTION_NS)
     for count, name in enumerate(names, 1):
         costs += slower.get(name, 0.0)
         inside += sum(size for weight, size in weights.items() if weight.startswith(f"{name}."))

@@ -40,7 +40,8 @@ def run_passes(
     key = hashlib.sha256(f"{__version__} {unchanged}".encode())
     for number, item in enumerate(passes):
         name = type(item).__name__
-        key.update(json.dumps([name, describe(item), fingerprint(getattr(item, "teacher", None))]).encode())
+        taught = [fingerprint(getattr(p, "teacher", None)) for p in (item, getattr(item, "recover", None))]
+        key.update(json.dumps([name, describe(item), taught]).encode())
         saved = folder / f"{number:02d}-{name.lower()}-{key.hexdigest()[:10]}"
         if world.agree(saved.is_dir):
             say("{} was finished before: going on from {}; delete that folder to run it again, on other data say.", name, saved)

@@ -23,7 +23,7 @@ from .artifact import Artifact, read_artifact
 from .export import write_file, writer
 from .layout import stored
 from .matching import divergence
-from .profile import profile
+from .profile import Profile, profile
 from .runtimes import open_runtime
 
 __all__ = ["Sensitivity", "layers_of", "output_error", "sensitivity", "slower_in_floats"]
@@ -125,7 +125,7 @@ def sensitivity(
     write = writer(network, suffix, calibration, how.name)
     with _files(write, suffix) as made, bar("Sensitivity") as update:
         base, plain = made(how), made(quantization("fp32"))
-        slower = slower_in_floats(plain, base) if clock else {}
+        slower = slower_in_floats(profile(plain), profile(base)) if clock else {}
         gone = _gone(network, feeds, plain, base)
         whole = _error(base, feeds, wanted)
         found = []
@@ -199,17 +199,11 @@ def _values(artifact: Artifact, example: Sequence[np.ndarray]) -> dict[str, np.n
     return onnx_tensors(onnx.load(artifact.path))(given)
 
 
-def slower_in_floats(plain: Artifact, quantized: Artifact, threads: int = 1) -> Mapping[str, float]:
-    """Nanoseconds per module that a float file takes longer than its quantized twin; what runs fused counts for the first.
-
-    Args:
-        plain: the float file, on this computer.
-        quantized: of the same network.
-        threads: of the runtime.
-    """
+def slower_in_floats(plain: Profile, quantized: Profile) -> Mapping[str, float]:
+    """Nanoseconds per module that a float file takes longer than its quantized twin; what runs fused counts for the first."""
     found: dict[str, float] = {}
-    for sign, artifact in ((1, plain), (-1, quantized)):
-        for names, ns, _ in profile(artifact, threads).by_module():
+    for sign, measured in ((1, plain), (-1, quantized)):
+        for names, ns, _ in measured.by_module():
             name = names.split(" + ")[0]
             found[name] = found.get(name, 0.0) + sign * ns
     return found

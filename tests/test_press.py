@@ -158,14 +158,16 @@ def test_press_catches_a_pass_that_changes_its_input(task, tmp_path, meddler):
         ep.press(task, out=tmp_path, recipe=ep.Recipe((meddler,), **ONNX))
 
 
-def test_a_finished_pass_is_taken_only_for_the_same_network_and_teacher(task, tmp_path):
+@pytest.mark.parametrize("inside", [False, True], ids=["Distill", "Prune"])
+def test_a_finished_pass_is_taken_only_for_the_same_network_and_teacher(task, tmp_path, inside):
     network = ep.trace(task.model, task.example_inputs)
     other = network.copy()
     with torch.no_grad():
         other.module.head.bias += 1
 
     def folders(start, teacher):
-        run_passes(start, task, (ep.Distill(epochs=0.2, teacher=teacher),), tmp_path)
+        recover = ep.Distill(epochs=0.2, teacher=teacher)
+        run_passes(start, task, (ep.Prune(macs=0.8, rounds=1, recover=recover) if inside else recover,), tmp_path)
         return len(list(tmp_path.iterdir()))
 
     assert folders(network, None) == folders(network, None) == 1
