@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from .passes import describe
 from .progress import bar
 from .task import Task, input_batches, training_batches
 
-__all__ = ["Branch", "Shorten", "branches", "found_again", "left_out", "without"]
+__all__ = ["Branch", "Shorten", "branches", "found_again", "left_out", "taken_along", "without"]
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
@@ -128,6 +128,38 @@ def branches(network: Network) -> list[Branch]:
             if branch is not None:
                 found.append(branch)
     return found
+
+
+def taken_along(network: Network, branches: Iterable[Branch]) -> list[tuple[str, frozenset[str]]]:
+    """The nodes that may go with the branches, each with its readers, readers first; none where each takes its own weights alone.
+
+    An encoder goes when no layer of the decoder reads it any more.
+
+    Example:
+        >>> import torch
+        >>> from edgepress.compress.network import trace
+        >>> class TwoReaders(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encode, self.f, self.g = (torch.nn.Linear(4, 4) for _ in range(3))
+        ...     def forward(self, x):
+        ...         memory = self.encode(x)
+        ...         return x + self.f(memory) + self.g(memory)
+        >>> network = trace(TwoReaders(), torch.zeros(1, 4))
+        >>> [name for name, readers in taken_along(network, branches(network)) if readers == {"linear_1", "linear_2"}]
+        ['linear']
+    """
+    own = {name for branch in branches for name in branch.nodes}
+    gone, found, shared = set(own), [], False
+    for node in reversed(network.module.graph.nodes):
+        readers = frozenset(user.name for user in node.users)
+        if node.op not in ("call_function", "get_attr") or (_writes(node) and not readers):
+            continue
+        if node.name in own or readers <= gone:
+            found.append((node.name, readers))
+            gone.add(node.name)
+            shared |= node.op == "get_attr" and bool(readers) and node.name not in own
+    return found if shared else []
 
 
 def without(network: Network, *gone: Branch) -> Network:

@@ -27,7 +27,7 @@ from edgepress.compress.pruning import (
 from edgepress.compress.pruning.budget import limit
 from edgepress.compress.pruning.cost import FileBytes, Latency, Macs, Parameters, PeakActivation
 from edgepress.compress.pruning.scores import label_free_loss
-from edgepress.compress.shorten import branches
+from edgepress.compress.shorten import branches, taken_along, without
 
 
 def found(model, x):
@@ -344,6 +344,34 @@ def test_of_an_addition_only_one_operand_may_go():
     twice = [Depth(frozenset(branch.nodes), 0.0, branch.addition), Depth(frozenset({"x"}), 0.0, branch.addition)]
     chosen = select(channels, np.ones(len(channels.classes)), macs_goal(channels, 0.2 * network.macs()), Bounds(), branches=twice)
     assert chosen.branches == (0,)
+
+
+class TwoReaders(nn.Module):
+    """An encoder of most of the work, read by two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.f, self.g, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        memory = self.encode(x)
+        x = x + self.f(memory)
+        return self.head(x + self.g(memory))
+
+
+@pytest.mark.parametrize("part", [0.95, 0.2])
+def test_what_branches_take_along_together_must_count(part):
+    network = trace(TwoReaders(), torch.randn(2, 8))
+    channels, may_go = channels_of(analyse(network)), branches(network)
+    depths = [Depth(frozenset(b.nodes), 1e-3, b.addition) for b in may_go]
+    scores = np.ones(len(channels.classes))
+    goal = macs_goal(channels, part * network.macs())
+    chosen = select(channels, scores, goal, Bounds(multiple=64), branches=depths, along=taken_along(network, may_go))
+    shorter = without(network, *(may_go[i] for i in chosen.branches))
+    assert chosen.totals == (shorter.macs(),)
+    assert chosen.reached
+    assert len(chosen.branches) == (1 if part == 0.95 else 2)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ..errors import EdgepressError, RecipeError
 from ..network import Network
 from ..passes import describe
 from ..progress import bar
-from ..shorten import Branch, branches, found_again, left_out, without
+from ..shorten import Branch, branches, found_again, left_out, taken_along, without
 from ..task import Task, labelled_loss, training_batches
 from .analysis import Analysis, Attention, analyse
 from .budget import Budget, limit
@@ -196,7 +196,8 @@ class Prune:
         originals = {g.axes: len(g.channels) for g in channels.groups}
         bounds = Bounds(self.multiple, self.min_channels, self.max_per_layer, originals, self.limits)
         least = np.array([bounds.least(g) for g in channels.groups], float)
-        gone = {n for b in branches(network) for n in b.nodes} if self.depth else set()
+        may_go = branches(network) if self.depth else []
+        gone = {n for b in may_go for n in b.nodes} | {n for n, _ in taken_along(network, may_go)}
         for name, cost in costs.items():
             floor = float(cost.total(least, gone))
             if floor > limits[name] and totals[name] > limits[name]:
@@ -222,7 +223,8 @@ class Prune:
             return network, {"oracle_error": 0.0, "branches": []}
         scores, ends = self._scores(network, channels, task, batches)
         depths = [Depth(frozenset(b.nodes), s, b.addition) for b, s in ends]
-        chosen = select(channels, scores, goals, start.bounds, degree=self.criterion.degree, branches=depths)
+        along = taken_along(network, [b for b, _ in ends])
+        chosen = select(channels, scores, goals, start.bounds, degree=self.criterion.degree, branches=depths, along=along)
         gone = [ends[i][0] for i in chosen.branches]
         smaller, error = _cut(network, analysis, chosen.removed)
         if gone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -14,6 +14,9 @@ from .groups import Channels, Group
 from .labels import Ids
 
 __all__ = ["Bounds", "Depth", "Goal", "Selection", "select"]
+
+Along = Sequence[tuple[str, frozenset[str]]]
+"""Graph nodes that go when all that read them are gone, each with its readers; readers come first."""
 
 _JUMPS = (1, 2, 3, 4, 6, 8)
 """Steps that are weighed at once: where time is a staircase, one step may save nothing and two a whole stair."""
@@ -116,6 +119,7 @@ def select(
     *,
     degree: int = 2,
     branches: Sequence[Depth] = (),
+    along: Along = (),
 ) -> Selection:
     """Take channels and branches away until the network fits its budgets.
 
@@ -142,6 +146,7 @@ def select(
         degree: how scores grow with a channel's effect, see `Criterion`. At 0 each group's are divided by their mean, and
             steps are compared by their mean score alone.
         branches: that may go too.
+        along: the nodes that several of these take along together, see `taken_along`.
 
     Example:
         >>> import torch
@@ -156,7 +161,7 @@ def select(
         ((3,), (18.0,), [1, 3, 5])
     """
     offers = _offers(channels, scores, bounds, relative=degree == 0)
-    state = _State(np.array([len(g.channels) for g in channels.groups], float), np.zeros(len(offers), int), branches)
+    state = _State(np.array([len(g.channels) for g in channels.groups], float), np.zeros(len(offers), int), branches, along)
     missing = [(g, float(g.cost.total(state.counts)) - g.limit) for g in goals]
     if missing := [(g, excess) for g, excess in missing if excess > 0]:
         state = _Search(offers, branches, missing, degree).run(state)
@@ -204,15 +209,20 @@ class _State:
     counts: NDArray[np.float64]
     taken: NDArray[np.int64]
     branches: Sequence[Depth]
+    along: Along
     gone: list[int] = field(default_factory=list)
 
     @property
     def without(self) -> frozenset[str]:
         """The graph nodes that are gone with the branches."""
-        return frozenset().union(*(self.branches[i].nodes for i in self.gone))
+        nodes = set[str]().union(*(self.branches[i].nodes for i in self.gone))
+        for name, readers in self.along:
+            if readers <= nodes:
+                nodes.add(name)
+        return frozenset(nodes)
 
     def copy(self) -> _State:
-        return _State(self.counts.copy(), self.taken.copy(), self.branches, list(self.gone))
+        return replace(self, counts=self.counts.copy(), taken=self.taken.copy(), gone=list(self.gone))
 
 
 @dataclass(frozen=True)
@@ -317,7 +327,7 @@ class _Search:
 
     def _change(self, state: _State, gone: list[int]) -> tuple[bool, float]:
         """The same for other branches."""
-        other = _State(state.counts, state.taken, state.branches, gone)
+        other = replace(state, gone=gone)
         grown = 0.0
         for goal, excess in self._open(state):
             guide = goal.guide or goal.cost
