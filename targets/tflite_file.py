@@ -34,7 +34,9 @@ class Layout:
     last_inputs: tuple[bool, ...]
     last_outputs: tuple[bool, ...]
     modules: dict[str, str] = field(default_factory=dict, hash=False)
-    """The user's modules, ``layer1.0.conv1``, by what the converter calls them."""
+    """The user's modules, ``layer1.0.conv1``, by what the converter calls the nodes of the graph; see `_numbered`."""
+    weighted: frozenset[str] = frozenset()
+    """Those of them that own weights, not biases alone: where an operator stands for several nodes, they give it its name."""
 
     @property
     def notes(self) -> dict[str, list[dict[str, Any]]]:
@@ -71,7 +73,8 @@ def tflite_model(network: Network) -> tuple[bytes, Layout]:
         tuple(output_names),
         tuple(_is_image(x) for x in one),
         tuple(_is_image(x) for x in results),
-        _modules(module),
+        _numbered(module),
+        frozenset(name.rpartition(".")[0] for name, p in module.named_parameters() if p.dim() > 1),
     )
     wrapped = _FileOrder(module, tuple(x.dtype for x in one), layout)
     feeds = tuple(_file_order(x, last) for x, last in zip(one, layout.last_inputs, strict=True))
@@ -217,7 +220,7 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
 
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     graph, signature = model.subgraphs[0], model.signatureDefs[0]
-    labels = _labels(graph, layout.modules)
+    labels = _labels(graph, layout)
     for index, tensor in enumerate(graph.tensors):
         tensor.name = f"{labels.get(index, '')}#{index}"
     graph.inputs = _named(graph, signature.inputs, layout.inputs)
@@ -244,35 +247,43 @@ def _named(graph: Any, ports: list[Any], names: tuple[str, ...]) -> list[int]:
     return [port.tensorIndex for port in ordered]
 
 
-def _modules(module: fx.GraphModule) -> dict[str, str]:
-    """The user's modules by what the converter calls them: the classes on the way, each with the name that it goes by."""
+def _numbered(module: fx.GraphModule) -> dict[str, str]:
+    """Number the nodes where the converter looks for modules, and return the user's modules by what it calls them then.
+
+    It names tensors after the classes on the way, each with the last part of its name: the same for ``dw.0`` and ``pw.0``.
+    """
     found = {}
-    for node in module.graph.nodes:
-        path = ""
-        for name, kind in node.meta.get("nn_module_stack", {}).values():
-            kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-            path = "/".join(filter(None, (path, f"{kind}_{name.split('.')[-1]}" if name else kind)))
-            found[path] = name
+    for number, node in enumerate(module.graph.nodes):
+        if stack := node.meta.get("nn_module_stack"):
+            found[f"node_{number}"] = list(stack.values())[-1][0]
+            node.meta["nn_module_stack"] = {"": (str(number), "node")}
     return found
 
 
-def _labels(graph: Any, modules: dict[str, str]) -> dict[int, str]:
+def _labels(graph: Any, layout: Layout) -> dict[int, str]:
     """The user's module for what each operator gives, or for its weights where that is an output and has a name already."""
-    found = {}
+    found: dict[int, str] = {}
+    made = {int(i) for i in graph.inputs} | {int(i) for operator in graph.operators for i in operator.outputs}
     for operator in graph.operators:
         outputs = [int(i) for i in operator.outputs]
         inputs = [int(i) for i in (operator.inputs if operator.inputs is not None else ()) if i >= 0]
-        label = next((m for i in (*outputs, *inputs[1:]) if (m := _module(_plain(graph.tensors[i].name), modules))), "")
-        named = inputs[1:] if set(outputs) & {int(i) for i in graph.outputs} else outputs
+        weights = [i for i in inputs[1:] if i not in made]
+        label = next((m for i in (*outputs, *weights) if (m := _module(_plain(graph.tensors[i].name), layout))), "")
+        named = weights if set(outputs) & {int(i) for i in graph.outputs} else outputs
         found.update({index: label for index in named if index not in found})
     return found
 
 
-def _module(name: str, modules: dict[str, str]) -> str:
-    """Of a tensor, as we or the converter called it; of several operators in one, that of the first to run."""
+def _module(name: str, layout: Layout) -> str:
+    """Of a tensor, as we or the converter called it; of several nodes in one operator, the first, or the one with weights.
+
+    Padding runs before the convolution that it becomes a part of; constants bring the nodes along that they were made for.
+    """
     if "#" in name:
         return name.rpartition("#")[0]
-    return next((modules[part] for part in reversed(name.split(";")) if part in modules), "")
+    parts = sorted({part for part in name.split(";") if part in layout.modules}, key=lambda part: int(part.rpartition("_")[2]))
+    found = [module for part in parts if (module := layout.modules[part])]
+    return next((module for module in reversed(found) if module in layout.weighted), next(iter(found), ""))
 
 
 def _plain(name: str | bytes) -> str:

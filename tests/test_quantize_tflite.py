@@ -11,7 +11,7 @@ from edgepress.compress.errors import RecipeError, UserError
 from edgepress.compress.network import trace
 from edgepress.compress.quantization import CALIBRATORS, Numbers, quantization
 from edgepress.targets.artifact import inline, read_artifact
-from edgepress.targets.export import write_file
+from edgepress.targets.export import export, write_file
 from edgepress.targets.quantize_tflite import feeds_of, quantize_tflite
 from edgepress.targets.runtimes import open_runtime
 from edgepress.targets.tflite_bias import corrected_biases
@@ -299,6 +299,49 @@ def test_layers_by_name_must_have_their_own_precision(other, cases, tmp_path):
     assert artifact.outputs[0].dtype == ("int8" if other == "w4a8" else "float32")
     stored = stored_weights(content)
     assert len(stored) == (1 if other == "fp32" else 2)
+
+
+class Lists(nn.Module):
+    """Modules whose names end alike, and padding that becomes part of a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+        self.wide = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.norm = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.pad, self.last = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(4, 4, 3, 2)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for deep, wide, norm in zip(self.deep, self.wide, self.norm, strict=True):
+            x = x + norm(wide(torch.relu(deep(x))))
+        return self.head(self.last(self.pad(x)).mean((2, 3)))
+
+
+LAYERS = ("deep.0", "wide.0", "deep.1", "wide.1", "last", "head")
+
+
+@pytest.fixture(scope="module")
+def lists():
+    torch.manual_seed(0)
+    return trace(Lists().eval(), torch.randn(2, 4, 8, 8))
+
+
+def test_operators_with_weights_must_have_their_own_names(lists):
+    operators = tflite_operators(read_model(annotate_tflite(*tflite_model(lists))))
+    assert tuple(o.module for o in operators if o.weights) == LAYERS
+    assert not {o.module for o in operators if o.kind == "add"} & set(LAYERS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_must_stay_in_floats_by_its_name(layer, lists, tmp_path):
+    calibration = [torch.randn(8, 4, 8, 8)]
+    artifact = export(lists, tmp_path / "net.tflite", quantization("int8", layers={layer: "fp32"}), calibration)
+    model = read_model(artifact.path.read_bytes())
+    graph = model.subgraphs[0]
+    pairs = [(o.module, raw.inputs[1]) for o, raw in zip(tflite_operators(model), graph.operators, strict=True) if o.weights]
+    floats = {module for module, weight in pairs if graph.tensors[weight].quantization.scale is None}
+    assert floats == {layer}
 
 
 def test_operators_by_kind_must_have_their_own_precision(cases, tmp_path):
