@@ -33,7 +33,7 @@ def test_training_killed_at_random_moments_ends_at_the_same_bits(tmp_path):
     found = json.loads(done.stdout)
     assert found["same"]
     assert found["same_log"]
-    assert found["kills"] >= 3
+    assert len(found["held"]) == 6
     assert found["held"] == sorted(found["held"])
     assert max(found["held"]) > 0
     assert found["left"] == ["checkpoint", "log.csv", "weights.pt"]
