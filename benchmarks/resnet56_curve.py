@@ -2,12 +2,12 @@
 
     EDGEPRESS_DATA=... python benchmarks/resnet56_curve.py [--points 0.62:25,0.45:25,0.32:25] [--out runs/resnet56-curve]
 
-ResNet-56 on CIFAR-10 (93.39 %) is cut for the time of its int8 TFLite file, channels and whole branches in one selection, then
-distilled from the original; the next point goes on from the last. Each point is ``part:minutes``: the part of the original's
+ResNet-56 on CIFAR-10 (93.39 %) is cut for the time of its int8 file (TFLite; ``--runtime onnxruntime``: ONNX, where a CPU without
+VNNI gains more), channels and whole branches in one selection, then distilled from the original; the next point goes on from the last. Each point is ``part:minutes``: the part of the original's
 predicted int8 time to keep, and the minutes of distillation that follow. Beside it, the line that a pruner has to be above:
 ResNet-20, 32, 44 and 56 as their author trained them (200 epochs each), quantized by the same exporter.
 
-What the numbers mean: accuracy of the int8 TFLite file on the 10,000 test images, run by its runtime; times are p50 at one
+What the numbers mean: accuracy of the int8 file on the 10,000 test images, run by its runtime; times are p50 at one
 thread, batch 1, all files interleaved in one run, as ratios to the original's fp32 file in ONNX Runtime. 'line' is what the
 siblings reach at the same measured time, by straight lines between them. The goal is 6 times at 92.4 %, within 90 minutes on
 two cores with VNNI; the record to aim for is 8 times at 92.9 %. The last line is JSON; the exit code is 0 where the goal is met.
@@ -32,6 +32,7 @@ SIBLINGS = (20, 32, 44, 56)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", default="0.62:25,0.45:25,0.32:25")
+    parser.add_argument("--runtime", choices=["litert", "onnxruntime"], default="litert", help="of the int8 files")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--out", default="runs/resnet56-curve")
     arguments = parser.parse_args()
@@ -42,7 +43,8 @@ def main() -> int:
     task = ep.load_task("resnet56-cifar10")
     original = ep.trace(task.model, task.inputs).eval()
     files = {"ResNet-56 fp32": (ep.export(original, out / "resnet56.onnx", "fp32"), 0.0)}
-    clock = ep.LatencyTable("litert", "int8")
+    clock = ep.LatencyTable(arguments.runtime, "int8")
+    ending = {"litert": "tflite", "onnxruntime": "onnx"}[arguments.runtime]
     network, before = original, 1.0
     for part, minutes in (map(float, point.split(":")) for point in arguments.points.split(",")):
         saved = out / f"{part:.3f}"
@@ -54,12 +56,12 @@ def main() -> int:
             network = distil(prune(network, task), task)
             network.save(saved)
         before = part
-        artifact = ep.export(network, out / f"pressed-{part:.3f}.tflite", "int8", task.calibration_batches)
+        artifact = ep.export(network, out / f"pressed-{part:.3f}.{ending}", "int8", task.calibration_batches)
         files[f"pressed to {part:.2f}"] = (artifact, (time.monotonic() - started) / 60)
     for depth in SIBLINGS:
         sibling = ep.load_task(f"resnet{depth}-cifar10")
         traced = ep.trace(sibling.model, sibling.inputs)
-        path = out / f"resnet{depth}.tflite"
+        path = out / f"resnet{depth}-int8.{ending}"
         files[f"ResNet-{depth}"] = (ep.export(traced, path, "int8", sibling.calibration_batches), 0.0)
 
     measured = dict(zip(files, ep.measure([a for a, _ in files.values()], device="local", threads=1), strict=True))

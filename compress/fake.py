@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .errors import RecipeError
 from .network import Network
 from .pruning.call import operator_name
-from .quantization import Quantization
+from .quantization import Quantization, operator_kind, operator_kinds
 
 __all__ = [
     "FIXED",
+    "check_layers",
     "fake_activation",
     "fake_bias",
     "fake_weight",
@@ -244,11 +248,16 @@ def _fused(node: fx.Node) -> bool:
 
 
 def _stored(node: fx.Node, name: str, how: Quantization) -> bool:
-    return node.op == "placeholder" or how.of(module_of(node), _plain(name)).activations is not None
+    return node.op == "placeholder" or how.of(module_of(node), _kind(node)).activations is not None
 
 
-def _plain(name: str) -> str:
-    return "conv" if name in _CONVOLUTIONS else "conv_transpose" if name in _TRANSPOSED else name
+def _kind(node: fx.Node) -> str:
+    """What ``op:`` patterns call a node."""
+    name = operator_name(node.target)
+    if name not in _CONVOLUTIONS:
+        return operator_kind(name)
+    source, weight = (getattr(each, "meta", {}).get("val") for each in node.args[:2])
+    return operator_kind(name, depthwise=weight is not None and source is not None and weight.shape[1] == 1 < source.shape[1])
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -260,6 +269,35 @@ def module_of(node: fx.Node) -> str:
     """The user's innermost module that a node belongs to, ``layer1.0.conv1``; '' where none is known."""
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return str(stack[-1]) if stack else ""
+
+
+def check_layers(network: Network, how: Quantization) -> None:
+    """Find out before hours of work that a pattern of ``how.layers`` is nobody's name.
+
+    Raises:
+        RecipeError: such a pattern, with the names that come nearest. Modules that pruning has taken away still count.
+
+    Example:
+        >>> import torch
+        >>> from .network import trace
+        >>> from .quantization import quantization
+        >>> network = trace(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), torch.zeros(1, 3))
+        >>> check_layers(network, quantization("int8", layers={"0": "fp32", "op:linear": "int8"}))
+    """
+    nodes = [node for node in network.module.graph.nodes if node.op == "call_function"]
+    modules = dict.fromkeys([*map(module_of, nodes), *(name.rpartition(".")[0] for name in network.kept.shapes)])
+    modules.pop("", None)
+    kinds = dict.fromkeys(map(_kind, nodes))
+    for pattern in how.layers:
+        if pattern.startswith("op:"):
+            if not any(fnmatchcase(kind, pattern[3:]) for kind in (*kinds, *operator_kinds())):
+                raise RecipeError(f"No operator is called '{pattern}'; the network has {', '.join(f'op:{kind}' for kind in kinds)}.")
+        elif not any(fnmatchcase(name, pattern) for name in modules):
+            inside = any(name.startswith(f"{pattern}.") for name in modules)
+            near = get_close_matches(pattern, modules, 3) or list(modules)[:3]
+            names = ", ".join(f"'{name}'" for name in near)
+            hint = f"its layers are '{pattern}.*'" if inside else f"there is {names or 'no module in it'}"
+            raise RecipeError(f"No layer of the network is called '{pattern}'; {hint}.")
 
 
 def weights(network: Network, how: Quantization) -> dict[str, tuple[int, int]]:
@@ -277,7 +315,7 @@ def weights(network: Network, how: Quantization) -> dict[str, tuple[int, int]]:
         weight, _ = _weight_and_input(node)
         if weight:
             name = operator_name(node.target)
-            numbers = how.of(module_of(node), _plain(name)).weights
+            numbers = how.of(module_of(node), _kind(node)).weights
             if numbers is not None and numbers.kind == "int":
                 found.setdefault(weight, (numbers.limits[1], 1 if name in _TRANSPOSED else 0))
     return found

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from .errors import RecipeError
 
-__all__ = ["CALIBRATORS", "PRECISIONS", "Calibrator", "Numbers", "Quantization", "quantization"]
+__all__ = ["CALIBRATORS", "PRECISIONS", "Calibrator", "Numbers", "Quantization", "operator_kind", "operator_kinds", "quantization"]
 
 Calibrator: TypeAlias = Literal["minmax", "average", "percentile", "mse", "entropy"]
 CALIBRATORS: tuple[str, ...] = get_args(Calibrator)
@@ -81,7 +81,7 @@ class Quantization:
 
         Args:
             module: the user's name of it, ``layer1.0.conv1``.
-            operator: what it is, ``conv``, ``linear``, ``add`` ....
+            operator: what it is, see `operator_kind`.
 
         Example:
             >>> q = quantization("int8", layers={"head*": "fp32"})
@@ -125,6 +125,49 @@ def quantization(precision: str | Quantization, **settings: Any) -> Quantization
         ('channel', 'entropy')
     """
     return replace(_known(precision) if isinstance(precision, str) else precision, **settings)
+
+
+_KINDS: Mapping[str, str] = {
+    name: kind
+    for kind, names in {
+        "conv": "conv1d conv2d conv3d conv_2d conv_3d",
+        "depthwise": "depthwise_conv_2d",
+        "conv_transpose": "conv_transpose1d conv_transpose2d conv_transpose3d convtranspose transpose_conv conv_3d_transpose",
+        "linear": "gemm fully_connected",
+        "matmul": "bmm mm batch_matmul",
+        "embedding": "embedding_lookup",
+        "concat": "cat concatenation",
+        "pool": "max_pool1d max_pool2d max_pool2d_with_indices avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "maxpool averagepool globalaveragepool max_pool_2d average_pool_2d",
+        "mean": "reducemean",
+        "sum": "reducesum",
+        "layer_norm": "layernormalization",
+        "sigmoid": "logistic",
+        "hardswish": "hard_swish",
+        "leaky_relu": "leakyrelu",
+    }.items()
+    for name in names.split()
+}
+
+
+def operator_kind(name: str, depthwise: bool = False) -> str:
+    """What ``op:`` patterns call an operator, whichever file it stands in.
+
+    Args:
+        name: PyTorch's, ONNX's or TFLite's, in small letters. What has no name of its own here keeps it.
+        depthwise: of a convolution, whether each channel has weights of its own.
+
+    Example:
+        >>> operator_kind("conv2d"), operator_kind("conv_2d"), operator_kind("conv", depthwise=True), operator_kind("add")
+        ('conv', 'conv', 'depthwise', 'add')
+    """
+    kind = _KINDS.get(name, name)
+    return "depthwise" if depthwise and kind == "conv" else kind
+
+
+def operator_kinds() -> frozenset[str]:
+    """The names that stand for several names of operators, or for one that the formats call differently."""
+    return frozenset(_KINDS.values())
 
 
 def _known(precision: str) -> Quantization:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from .distill import asked, automatic, blended
 from .errors import RecipeError, UserError
-from .fake import faked, learned_ranges, on_grid, points, weights
+from .fake import check_layers, faked, learned_ranges, on_grid, points, weights
 from .fold import folded
 from .network import Network, retrace, trace
 from .passes import describe
@@ -87,6 +87,7 @@ class Quantize(Schedule):
 
     def __call__(self, network: Network, task: Task) -> Network:
         """Return the trained network; ``network`` and the teacher stay as they were."""
+        check_layers(network, self.how)
         plain = retrace(folded(network)).to(network.device)
         student = faked(plain, self.how, calibrated(plain, self.how, _inputs(task, self.examples)), _limits(plain, self.how))
         loss = self._loss(self._teacher(plain, task), task)

@@ -14,9 +14,11 @@ from typing import Any
 
 from edgepress.compress.distributed import join
 from edgepress.compress.errors import FileError, RecipeError, UserError
+from edgepress.compress.fake import check_layers
 from edgepress.compress.network import Network, trace
 from edgepress.compress.progress import silenced
 from edgepress.compress.quantization import PRECISIONS
+from edgepress.compress.quantize import Quantize
 from edgepress.compress.sparsify import dense_twin
 from edgepress.compress.task import Predict, Task, metrics
 from edgepress.targets.artifact import Artifact, deflated_bytes
@@ -80,6 +82,7 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
     clock = _Clock()
     with clock.stage("trace"):
         original = trace(task.model, task.inputs)
+    _check_layers(original, recipe)
     if not join(original.device).first:
         with silenced():
             run_passes(original, task, recipe.passes, folder / "passes", threads, place)
@@ -120,6 +123,15 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
 
 _SLOWEST = 16
 """Modules in the profile of a report."""
+
+
+def _check_layers(original: Network, recipe: Recipe) -> None:
+    """Find out before anything is computed that the recipe speaks of layers that there are none of."""
+    for how in (recipe.quantization(p) for p in recipe.precisions if p != "fp32"):
+        check_layers(original, how)
+    for item in recipe.passes:
+        if isinstance(item, Quantize):
+            check_layers(original, item.how)
 
 
 def _write_plan(pressed: Network, path: Path, warnings: list[str]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from edgepress.compress.errors import FileError, UserError
+from edgepress.compress.fake import check_layers
 from edgepress.compress.network import Network, export_program
 from edgepress.compress.quantization import Quantization, quantization
 from edgepress.compress.quantize import trained_ranges
@@ -83,6 +84,7 @@ def export(
     if how.name != "fp32" and path.suffix == ".pt2":
         raise UserError(f"A .pt2 file is fp32, and its runtimes convert it (torch:bf16): {how.name} needs .onnx or .tflite.")
     _check_folder(path)
+    check_layers(network, how)
     if how.calibrated:
         if calibration is None:
             raise UserError(f"{how.name} needs calibration data: pass calibration=, some batches of typical inputs.")

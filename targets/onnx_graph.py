@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepress.compress.quantization import operator_kind
+
 __all__ = ["Graph", "captured", "channel_axis", "fold_constants", "kind_of", "module_of", "weight_of"]
 
-_KINDS = {"Gemm": "linear", "ConvTranspose": "conv", "GlobalAveragePool": "pool", "AveragePool": "pool", "MaxPool": "pool"}
 _FOLDED = {"Concat", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 _WEIGHTS = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "LSTM": 1, "GRU": 1, "RNN": 1}
 
@@ -154,7 +155,7 @@ def channel_axis(node: Any) -> int:
 
 
 def kind_of(graph: Graph, node: Any) -> str:
-    """What an operator is called in ``op:`` patterns: conv, linear, lstm, gru, matmul, add, mul, concat, pool, softmax ....
+    """What an operator is called in ``op:`` patterns, see `operator_kind`.
 
     Example:
         >>> import torch
@@ -166,7 +167,9 @@ def kind_of(graph: Graph, node: Any) -> str:
     """
     if node.op_type == "MatMul":
         return "linear" if weight_of(graph, node) is not None else "matmul"
-    return _KINDS.get(node.op_type, str(node.op_type).lower())
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    weight = graph.tensors.get(node.input[1]) if groups > 1 and node.op_type == "Conv" else None
+    return operator_kind(str(node.op_type).lower(), depthwise=weight is not None and weight.dims[1] == 1)
 
 
 def captured(node: Any) -> set[str]:

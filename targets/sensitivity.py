@@ -12,7 +12,7 @@ import numpy as np
 from torch import fx
 
 from edgepress.compress.errors import UserError
-from edgepress.compress.fake import module_of
+from edgepress.compress.fake import check_layers, module_of
 from edgepress.compress.layerwise import kind
 from edgepress.compress.network import Network
 from edgepress.compress.progress import bar
@@ -117,6 +117,7 @@ def sensitivity(
         (True, True)
     """
     how = quantization(precision)
+    check_layers(network, how)
     known = layers_of(network)
     if unknown := [m for m in modules or () if m not in known]:
         raise UserError(f"The network has no layer '{unknown[0]}' that computes: it has {', '.join(known[:20])}.")

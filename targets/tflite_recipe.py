@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgepress.compress.errors import RecipeError, UserError
-from edgepress.compress.quantization import PRECISIONS, Numbers, Quantization
+from edgepress.compress.quantization import PRECISIONS, Numbers, Quantization, operator_kind
 
 from .silence import silence
 from .tflite_tensors import tensor_name
 
 __all__ = ["Operator", "activation_bits", "described", "tflite_operators", "tflite_recipe"]
 
-_KINDS = {"conv_2d": "conv", "depthwise_conv_2d": "depthwise", "fully_connected": "linear", "batch_matmul": "matmul"}
+_WEIGHTED = {"conv_2d", "depthwise_conv_2d", "transpose_conv", "fully_connected", "batch_matmul", "embedding_lookup"}
 _BLOCKS = (32, 64, 128, 256)
 
 
@@ -24,8 +24,7 @@ class Operator:
     """An operator of a file's main graph.
 
     Args:
-        kind: what ``'op:...'`` patterns call it: ``conv``, ``depthwise``, ``linear``, ``matmul``; others by TFLite's own name in
-            small letters, ``add``, ``concatenation``.
+        kind: what ``'op:...'`` patterns call it, see `operator_kind`.
         module: the user's name of where it comes from, ``layer1.0.conv1``.
         code: TFLite's name for it, ``CONV_2D``.
         inputs: names of the float tensors that it takes, weights left out.
@@ -60,9 +59,9 @@ def tflite_operators(model: Any) -> list[Operator]:
         outputs = [int(i) for i in operator.outputs]
         constants = [i for i in inputs if i not in made]
         names = [tensor_name(graph.tensors[i]) for i in (*outputs, *constants)]
-        weights = graph.tensors[constants[0]] if constants and kind in (*_KINDS, "transpose_conv", "embedding_lookup") else None
+        weights = graph.tensors[constants[0]] if constants and kind in _WEIGHTED else None
         return Operator(
-            _KINDS.get(kind, kind),
+            operator_kind(kind),
             next((name.rpartition("#")[0] for name in names if "#" in name), ""),
             kind.upper(),
             tuple(tensor_name(graph.tensors[i]) for i in inputs if i in made),
@@ -84,7 +83,7 @@ def described(operator: Operator, how: Quantization) -> Quantization:
     weights = chosen.weights
     if weights is None or not isinstance(weights.per, int):
         return chosen
-    if operator.kind not in ("linear", "embedding_lookup") or len(operator.weights) < 2:
+    if operator.kind not in ("linear", "embedding") or len(operator.weights) < 2:
         return PRECISIONS["fp32"]
     if operator.weights[1] % weights.per:
         return Quantization(chosen.name, Numbers(weights.bits, per="channel"))

@@ -12,7 +12,7 @@ __all__ = ["left_float"]
 
 _MOVERS = {
     *("reshape", "transpose", "squeeze", "expand_dims", "slice", "strided_slice", "split", "split_v"),
-    *("gather", "gather_nd", "pack", "unpack", "concatenation"),
+    *("gather", "gather_nd", "pack", "unpack", "concat"),
 }
 _MASKING = {"add", "sub", "select", "select_v2", "maximum", "minimum"}
 _ARITHMETIC = _MOVERS | {"add", "sub", "mul", "div", "exp"}
@@ -40,7 +40,7 @@ def left_float(
         outputs: names of what the file gives.
 
     Example:
-        >>> cat = Operator("concatenation", "head", "CONCATENATION", ("boxes", "scores"), ("found",))
+        >>> cat = Operator("concat", "head", "CONCATENATION", ("boxes", "scores"), ("found",))
         >>> left_float([cat], [8], {"boxes": (0, 640), "scores": (0, 1), "found": (0, 640)}, ["found"])
         {0}
         >>> left_float([cat], [8], {"boxes": (0, 2), "scores": (0, 1), "found": (0, 2)}, ["found"])
@@ -58,7 +58,7 @@ def left_float(
         levels = _levels(operator, ranges, bits[number])
         if (operator.kind in _MASKING and levels < 1) or (moves and inputs & wide):
             wide.update(operator.outputs)
-        joins = operator.kind == "concatenation" and levels < _LEVELS
+        joins = operator.kind == "concat" and levels < _LEVELS
         if moves and set(operator.outputs) & arrives and (joins or moved & inputs):
             moved.update(operator.outputs)
         if (inputs | set(operator.outputs)) & wide or set(operator.outputs) & moved:
