@@ -2,10 +2,11 @@
 
     EDGEPRESS_DATA=... python benchmarks/resnet56_curve.py [--points 0.62:25,0.45:25,0.32:25] [--out runs/resnet56-curve]
 
-ResNet-56 on CIFAR-10 (93.39 %) is cut for the time of its int8 file (TFLite; ``--runtime onnxruntime``: ONNX, where a CPU without
-VNNI gains more), channels and whole branches in one selection, then distilled from the original; the next point goes on from the last. Each point is ``part:minutes``: the part of the original's
-predicted int8 time to keep, and the minutes of distillation that follow. Beside it, the line that a pruner has to be above:
-ResNet-20, 32, 44 and 56 as their author trained them (200 epochs each), quantized by the same exporter.
+ResNet-56 on CIFAR-10 (93.39 %) is cut for the time of its int8 file (TFLite, or with ``--runtime onnxruntime`` ONNX, which gains
+more without VNNI), channels and whole branches in one selection, then distilled from the original; the next point goes on from
+the last. Each point is ``part:minutes``: the part of the original's predicted int8 time to keep, and the minutes of distillation
+that follow. Beside it, the line that a pruner has to be above: ResNet-20, 32, 44 and 56 as their author trained them (200 epochs
+each), quantized by the same exporter.
 
 What the numbers mean: accuracy of the int8 file on the 10,000 test images, run by its runtime; times are p50 at one
 thread, batch 1, all files interleaved in one run, as ratios to the original's fp32 file in ONNX Runtime. 'line' is what the

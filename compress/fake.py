@@ -291,7 +291,9 @@ def check_layers(network: Network, how: Quantization) -> None:
     for pattern in how.layers:
         if pattern.startswith("op:"):
             if not any(fnmatchcase(kind, pattern[3:]) for kind in (*kinds, *operator_kinds())):
-                raise RecipeError(f"No operator is called '{pattern}'; the network has {', '.join(f'op:{kind}' for kind in kinds)}.")
+                raise RecipeError(
+                    f"No operator is called '{pattern}'; the network has {', '.join(f'op:{kind}' for kind in kinds)}."
+                )
         elif not any(fnmatchcase(name, pattern) for name in modules):
             inside = any(name.startswith(f"{pattern}.") for name in modules)
             near = get_close_matches(pattern, modules, 3) or list(modules)[:3]

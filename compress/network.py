@@ -29,6 +29,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
+from .composites import split_composites
 from .counting import count_macs, count_node_macs
 from .errors import FileError, TraceError, UserError
 from .modes import set_mode
@@ -452,6 +453,7 @@ def _module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     inline_regions(module)
+    split_composites(module)
     module.training = False
     return module
 

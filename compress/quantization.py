@@ -9,7 +9,16 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from .errors import RecipeError
 
-__all__ = ["CALIBRATORS", "PRECISIONS", "Calibrator", "Numbers", "Quantization", "operator_kind", "operator_kinds", "quantization"]
+__all__ = [
+    "CALIBRATORS",
+    "PRECISIONS",
+    "Calibrator",
+    "Numbers",
+    "Quantization",
+    "operator_kind",
+    "operator_kinds",
+    "quantization",
+]
 
 Calibrator: TypeAlias = Literal["minmax", "average", "percentile", "mse", "entropy"]
 CALIBRATORS: tuple[str, ...] = get_args(Calibrator)

@@ -10,12 +10,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import TaskError
 
-__all__ = ["deterministic", "kept_random", "reproducible"]
+__all__ = ["FixedDraws", "deterministic", "draws", "kept_random", "reproducible"]
 
 T = TypeVar("T")
+
+_DRAWS = {
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "uniform", "bernoulli"),
+    *("multinomial", "poisson", "binomial", "exponential", "cauchy", "geometric", "log_normal", "random"),
+}
 
 
 def _state() -> tuple[Any, ...]:
@@ -95,3 +103,47 @@ def deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
+
+
+def _is_draw(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name.removeprefix("aten::").rstrip("_") in _DRAWS
+
+
+def draws(module: fx.GraphModule) -> list[fx.Node]:
+    """The operators that draw random numbers for the outputs in evaluation mode too; dropout does not.
+
+    Example:
+        >>> class Sampled(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         _ = torch.rand(1)
+        ...         return torch.dropout(x, 0.5, self.training) + torch.randn_like(x)
+        >>> [node.name for node in draws(torch.export.export(Sampled().eval(), (torch.zeros(2),)).module())]
+        ['randn_like']
+    """
+    needed = {module.graph.output_node()}
+    for node in reversed(module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return [node for node in module.graph.nodes if node in needed and _is_draw(node.target)]
+
+
+class FixedDraws(TorchDispatchMode):
+    """Inside, whatever is drawn is one half (of whole numbers zero, of truth values true), so that two networks of unlike sizes
+    can be compared.
+
+    Example:
+        >>> with FixedDraws():
+        ...     torch.randn(2).tolist(), torch.randperm(2).tolist()
+        ([0.5, 0.5], [0, 0])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator."""
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result) if _is_draw(func) else ():
+            if isinstance(value, Tensor):
+                value.fill_(0.5 if value.is_floating_point() else value.dtype is torch.bool)
+        return result

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgepress.compress.distributed import join
-from edgepress.compress.errors import FileError, RecipeError, UserError
+from edgepress.compress.errors import FileError, RecipeError, TaskError, UserError
 from edgepress.compress.fake import check_layers
 from edgepress.compress.network import Network, trace
 from edgepress.compress.progress import silenced
@@ -29,7 +29,7 @@ from edgepress.targets.measure import Measurement, measure, noise_warning, ratio
 from edgepress.targets.profile import profile
 from edgepress.targets.runtimes import random_feeds
 from edgepress.targets.stats import Ratio
-from edgepress.targets.verify import Parity, verify
+from edgepress.targets.verify import Parity, drawing, verify
 
 from .recipe import Recipe, default_recipe
 from .repair import eased, repaired, why_slow
@@ -82,6 +82,8 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
     clock = _Clock()
     with clock.stage("trace"):
         original = trace(task.model, task.inputs)
+    if said := drawing(original):
+        raise TaskError(said.strip())
     _check_layers(original, recipe)
     if not join(original.device).first:
         with silenced():

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from edgepress.compress.errors import DeviceError
 from edgepress.compress.network import Network
+from edgepress.compress.pruning.call import user_line
+from edgepress.compress.randomness import draws
 
 from .artifact import Artifact, read_artifact
 from .devices import Device, find_device
 
-__all__ = ["Parity", "verify"]
+__all__ = ["Parity", "drawing", "verify"]
 
 _RANDOM = 8
 """Random examples beside the network's own: enough to see a wrong layout or a lost operator."""
@@ -86,7 +88,25 @@ def verify(
     max_abs, max_rel = _difference(wanted, got)
     ok = fresh.precision != "fp32" or max_rel <= tolerance
     reason = f"{artifact.path.name} differs from the network by {max_rel:.2g} of its largest output (allowed: {tolerance:.2g})."
-    return Parity(max_abs, max_rel, count, ok, "" if ok else reason)
+    return Parity(max_abs, max_rel, count, ok, "" if ok else reason + drawing(network))
+
+
+def drawing(network: Network) -> str:
+    """A sentence, with a space before it, about a network that draws random numbers; '' where it draws none.
+
+    Example:
+        >>> from edgepress.compress.network import trace
+        >>> drawing(trace(torch.nn.Dropout(0.5), torch.zeros(1, 2)))
+        ''
+    """
+    found = draws(network.module)
+    if not found:
+        return ""
+    line = user_line(found[0])
+    return (
+        f" The network draws random numbers{f' at {line}' if line else ''}, so no file can give what it gives: let forward "
+        "return what they are drawn by, such as a mean, or take them as an input."
+    )
 
 
 def _arrays(inputs: Any) -> tuple[np.ndarray, ...]:

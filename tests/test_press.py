@@ -201,3 +201,21 @@ def test_resnet20_of_the_reference_data_keeps_its_accuracy_in_every_runtime(refe
     assert right["torch"] > 0.9
     assert right["fp32.onnx"] == right["torch"] == right["fp32.tflite"]
     assert np.abs(np.array([right["int8.onnx"], right["int8.tflite"]]) - right["torch"]).max() <= 0.01
+
+
+class Sampled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.mean(x) + torch.randn(x.shape[0], 2)
+
+
+def test_a_network_that_draws_random_numbers_is_refused_before_any_pass(tmp_path):
+    def never(network, task):
+        raise AssertionError("a pass was run")
+
+    task = ep.Task(Sampled().eval(), torch.zeros(2, 3), accuracy, "accuracy", calibration_batches=[torch.zeros(2, 3)])
+    with pytest.raises(EdgepressError, match=r"draws random numbers at .*torch.randn.*take them as an input"):
+        ep.press(task, out=tmp_path, recipe=ep.Recipe((never,), **ONNX))

@@ -11,6 +11,7 @@ from edgepress.compress.pruning import analyse, channels_of, inspect, masked, re
 from edgepress.compress.pruning.analysis import RULE_FAILED
 from edgepress.compress.pruning.rules import RULES
 from edgepress.compress.pruning.table import Rule
+from edgepress.compress.randomness import FixedDraws
 
 
 class Apply(nn.Module):
@@ -43,7 +44,7 @@ def halved(network):
     gone = [c for g in channels_of(analysis).groups for c in g.channels[1::2].tolist()]
     smaller = remove(network, analysis, gone)
     x = torch.randn(3, 3, 6, 6)
-    with torch.no_grad():
+    with torch.no_grad(), FixedDraws():
         assert relative_error(smaller(x), masked(analysis, gone)(x)) < 1e-5
     return smaller
 
@@ -227,6 +228,9 @@ FREE = {
     "embedded": lambda x: (torch.diag_embed(x.mean((2, 3))) @ x.flatten(2)).unflatten(2, (6, 6)),
     "moved": lambda x: x.moveaxis(1, -1).moveaxis(-1, 1),
     "dot": lambda x: x * torch.linalg.vecdot(x, x.relu(), dim=1)[:, None],
+    "turned": lambda x: torch.rot90(x, 1, (2, 3)),
+    "counted": lambda x: x * torch.bucketize(x, torch.tensor([-0.5, 0.5])) + torch.searchsorted(torch.tensor([0.0, 1.0]), x),
+    "sampled": lambda x: x + 0.1 * torch.randn_like(x) * torch.rand(x.shape[0], 1, 1, 1),
     "distance": lambda x: x * F.pairwise_distance(x.mT.mT.flatten(2).mT, x.flatten(2).relu().mT).view(-1, 1, 6, 6),
 }
 
@@ -236,6 +240,31 @@ def test_operators_between_two_layers_must_leave_the_channels_free(name):
     smaller = halved(traced(FREE[name]))
     assert smaller.module.get_parameter("a.weight").shape[0] < 8
     assert smaller.module.get_parameter("b.weight").shape[1] < 8
+
+
+COMPOSED = {
+    "broadcast_tensors": lambda x: torch.mul(*torch.broadcast_tensors(x, x.mean((2, 3), keepdim=True))),
+    "dsplit": lambda x: torch.cat([part.relu() for part in torch.dsplit(x, 2)], 2),
+    "dstack": lambda x: torch.dstack([x, x]),
+    "quantile": lambda x: x - torch.quantile(x.flatten(2), 0.3, dim=2)[..., None, None],
+    "trapezoid": lambda x: x + torch.trapezoid(x, dim=3)[..., None],
+    "linalg_matmul": lambda x: torch.linalg.matmul(x, x.mT),
+    "linalg_matrix_norm": lambda x: x / torch.linalg.matrix_norm(x, keepdim=True),
+    "special_log_softmax": lambda x: torch.special.log_softmax(x, 3),
+    "one_hot": lambda x: x * F.one_hot(x.argmax(3), 6).float(),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_what_pytorch_composes_of_others_must_need_no_rule(name):
+    assert name not in RULES
+    network = traced(COMPOSED[name])
+    torch.manual_seed(0)
+    model, x = Apply(COMPOSED[name]).eval(), torch.randn(3, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), model(x))
+    smaller = halved(network)
+    assert smaller.module.get_parameter("b.weight").shape[1] == 4
 
 
 def test_stacked_sideways_must_be_like_cat():

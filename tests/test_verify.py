@@ -101,3 +101,21 @@ def test_verify_must_leave_the_judgement_of_int8_to_the_task(network, tmp_path):
     parity = verify(artifact, network, torch.randn(8, 2, 6, 6))
     assert parity.ok
     assert parity.max_rel > 0
+
+
+class Sampled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.spread = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.mean(x) + torch.randn_like(self.mean(x)) * self.spread(x).exp()
+
+
+def test_verify_must_say_that_a_network_draws_random_numbers(tmp_path):
+    network = trace(Sampled().eval(), torch.randn(2, 3))
+    parity = verify(export(network, tmp_path / "net.onnx"), network)
+    assert not parity.ok
+    assert "draws random numbers at" in parity.reason
+    assert "torch.randn_like(self.mean(x))" in parity.reason
+    assert "such as a mean" in parity.reason

@@ -133,6 +133,7 @@ def _scatter(small: Tensor, masks: list[NDArray[np.bool_]]) -> Tensor:
             shape = list(small.shape)
             shape[dim] = shape[dim] * len(mask) // int(mask.sum())
             mask = np.resize(mask, shape[dim])
-            full = (torch.rand(shape, device=small.device) / 2 + 0.25).to(small.dtype)  # roots and logarithms take it too
+            noise = np.random.default_rng(0).random(shape) / 2 + 0.25  # roots and logarithms take it too
+            full = torch.from_numpy(noise).to(small)
             small = full.index_copy_(dim, torch.from_numpy(np.flatnonzero(mask)).to(small.device), small)
     return small

@@ -19,6 +19,7 @@ from ..errors import EdgepressError, RecipeError
 from ..network import Network
 from ..passes import describe
 from ..progress import bar
+from ..randomness import FixedDraws
 from ..shorten import Branch, branches, found_again, left_out, taken_along, without
 from ..task import Task, labelled_loss, training_batches
 from .analysis import Analysis, Attention, analyse
@@ -321,7 +322,7 @@ def _agreeing(after: Network, expected: Any, before: Network, what: str) -> floa
         x = x.repeat(-(-2 // x.shape[0]), *[1] * (x.dim() - 1))[:2]
         noise = torch.randn(x.shape, generator=generator).to(x) if x.is_floating_point() else torch.zeros_like(x)
         inputs.append((x + noise).to(before.device))
-    with torch.no_grad():
+    with torch.no_grad(), FixedDraws():
         error = relative_error(after(*inputs), expected(*inputs))
     tolerance = max((_PARITY.get(p.dtype, _HALF_PARITY) for p in before.parameters()), default=_HALF_PARITY)
     if not error <= tolerance:

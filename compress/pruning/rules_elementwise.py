@@ -146,6 +146,15 @@ def _extreme(a: Analysis, c: Call) -> Value:
     return _along(a, c) if where else _statistic.relate(a, c)
 
 
+@TABLE.rule("bucketize", "searchsorted")
+def _bucketed(a: Analysis, c: Call) -> Value:
+    borders = a.axes(c["boundaries" if c.name == "bucketize" else "sorted_sequence"])
+    if len(borders) != 1:
+        raise Unsupported("borders of their own for each position")
+    a.labels.freeze_axis(borders[0], "its order or its index matters")
+    return a.axes(c["self"])
+
+
 @TABLE.rule("pairwise_distance")
 def _pairwise_distance(a: Analysis, c: Call) -> Value:
     both = a.labels.broadcast([a.axes(c["x1"]), a.axes(c["x2"])])
