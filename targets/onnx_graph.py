@@ -88,20 +88,23 @@ class Graph:
         return node
 
     def finish(self) -> Any:
-        """Put the nodes into an order in which each follows what it reads, and drop nodes and constants that nobody reads.
+        """Put the nodes into an order in which each follows what it reads, and drop constants that nobody reads."""
+        graph, nodes = self.model.graph, _ordered(self.nodes)
+        used = self.outputs.union(*({*node.input} | captured(node) for node in nodes))
+        del graph.node[:], graph.initializer[:], graph.value_info[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in used)
+        return self.model
 
-        ONNX Runtime does run a `DequantizeLinear` that nobody reads.
-        """
-        graph = self.model.graph
+    def sweep(self) -> Any:
+        """Drop nodes that nobody reads, and `finish`: ONNX Runtime does run a `DequantizeLinear` that nobody reads."""
         used, read = set(self.outputs), []
         for node in reversed(_ordered(self.nodes)):
             if not used.isdisjoint(node.output):
                 used |= {*node.input} | captured(node)
                 read.append(node)
-        del graph.node[:], graph.initializer[:], graph.value_info[:]
-        graph.node.extend(reversed(read))
-        graph.initializer.extend(tensor for name, tensor in self.tensors.items() if name in used)
-        return self.model
+        self.nodes = read
+        return self.finish()
 
 
 def fold_constants(graph: Graph) -> None:

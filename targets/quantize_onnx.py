@@ -94,8 +94,8 @@ def quantize_onnx(
         copy.opset_import.add(domain=MICROSOFT, version=1)
     result = graph.finish()
     if correct and safe and tails and pieces is not None and ranges is None:
-        return corrected_biases(model, result, tails, _first(pieces))
-    return result
+        result = corrected_biases(model, result, tails, _first(pieces))
+    return Graph(result).sweep()  # last, for tensors that only the correction reads
 
 
 def quantized_tensors(model: Any, how: Quantization) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import traceback
@@ -18,6 +20,7 @@ from .artifact import METADATA_KEY, Port, inline, tflite_ports
 from .names import port_names
 from .silence import silence
 from .strides import pool_slices
+from .tflite_tensors import BODY
 
 __all__ = ["Layout", "annotate_tflite", "fed_ports", "pack", "tflite_model"]
 
@@ -223,16 +226,35 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
     labels = _labels(graph, layout)
     for index, tensor in enumerate(graph.tensors):
         tensor.name = f"{labels.get(index, '')}#{index}"
+    for body in model.subgraphs[1:]:  # what a reduction over windows computes; the quantizer leaves these names alone
+        for index, tensor in enumerate(body.tensors):
+            tensor.name = f"{BODY}{index}"
     graph.inputs = _named(graph, signature.inputs, layout.inputs)
     graph.outputs = _named(graph, signature.outputs, layout.outputs)
     model.description = "edgepress"
     for buffer in model.buffers:
         inline(buffer, content)
     pool_slices(model)
+    _flat_biases(model)
     if notes is not None:
         text = json.dumps({**notes, **layout.notes}, default=str)
         _attach(model, METADATA_KEY, text.encode())
     return pack(model)
+
+
+def _flat_biases(model: Any) -> None:
+    """Give biases of transposed convolutions one dimension, in place: some come in four, and have a scale in each channel then."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    graph = model.subgraphs[0]
+    kinds = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
+    for operator in graph.operators:
+        if kinds[operator.opcodeIndex] == schema.BuiltinOperator.TRANSPOSE_CONV and len(operator.inputs) > 3:
+            bias = copy.copy(graph.tensors[operator.inputs[3]])
+            if len(bias.shape) > 1:
+                bias.shape, bias.name = [int(np.prod(bias.shape))], f"#{len(graph.tensors)}"
+                operator.inputs = np.array([*operator.inputs[:3], len(graph.tensors)], np.int32)
+                graph.tensors.append(bias)
 
 
 def _named(graph: Any, ports: list[Any], names: tuple[str, ...]) -> list[int]:
@@ -295,7 +317,6 @@ def _number(port: Any) -> int:
 
 
 def _attach(model: Any, name: str, data: bytes) -> None:
-    import numpy as np
     from ai_edge_litert import schema_py_generated as schema
 
     model.metadata = [entry for entry in model.metadata or [] if _plain(entry.name) != name]

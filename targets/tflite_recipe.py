@@ -11,7 +11,7 @@ from edgepress.compress.errors import RecipeError, UserError
 from edgepress.compress.quantization import PRECISIONS, Numbers, Quantization, operator_kind
 
 from .silence import silence
-from .tflite_tensors import tensor_name
+from .tflite_tensors import BODY, tensor_name
 
 __all__ = ["Operator", "activation_bits", "described", "tflite_operators", "tflite_recipe"]
 
@@ -129,6 +129,7 @@ def tflite_recipe(
     _add(manager, ".*", general)
     for chosen, group in others.values():
         _add(manager, _scope(group), chosen)
+    manager.add_quantization_config(f"^{BODY}", TFLOperationName.ALL_SUPPORTED, None, "no_quantize")
     for wanted, name in zip(ports, (TFLOperationName.INPUT, TFLOperationName.OUTPUT), strict=True):
         if not wanted:
             manager.add_quantization_config("", name, None, "no_quantize")

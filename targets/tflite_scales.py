@@ -31,7 +31,8 @@ def left_float(
     nothing is left. Such a concatenation stays float with what moves its result to an output; where the tensor is computed
     with later, its reader needs that one scale anyway. And attention's masks add minus infinity, or minus a billion: no grid
     has both that and the scores, so what makes or reads such a tensor stays float. So does what turns a detector's results into
-    boxes, told by its exponential: a face of ten pixels would be off by one where 320 share a scale.
+    boxes, told by its exponential: a face of ten pixels would be off by one where 320 share a scale. And LiteRT's integer kernel
+    for divisions gives up where a divisor is rounded to zero.
 
     Args:
         operators: of a file, in the order in which they run.
@@ -51,7 +52,7 @@ def left_float(
     """
     arrives = _arriving(operators, bits, outputs)
     wide = {name for name, limits in ranges.items() if not np.isfinite(limits).all()}
-    left = _decoding(operators, outputs)
+    left = _decoding(operators, outputs) | {number for number, operator in enumerate(operators) if operator.kind == "div"}
     moved: set[str] = set()
     for number, operator in enumerate(operators):
         inputs, moves = set(operator.inputs), operator.kind in _MOVERS

@@ -14,6 +14,7 @@ from .ranges import Statistics
 from .silence import silence
 
 __all__ = [
+    "BODY",
     "activation_ranges",
     "activations",
     "float_tensors",
@@ -24,6 +25,9 @@ __all__ = [
     "tflite_tensors",
     "weight_integers",
 ]
+
+BODY = "##"
+"""How names of tensors begin that are not of the main graph."""
 
 _NO_HISTOGRAM = ("minmax", "average")
 

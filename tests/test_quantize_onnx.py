@@ -4,6 +4,7 @@ import sys
 import textwrap
 from collections import Counter
 
+import nets
 import numpy as np
 import onnx
 import onnxruntime
@@ -253,6 +254,24 @@ def test_a_dead_channel_must_keep_its_bias():
     model, array = fp32(layer, torch.zeros(1, 2, 3, 3)), np.ones((1, 2, 3, 3), np.float32)
     found = run(quantize_onnx(model, calibration(array), quantization("int8")), array)[0]
     assert found[0, 0, 0, 0] == pytest.approx(3.0, abs=0.05)
+
+
+# ---- families of networks
+
+
+@pytest.mark.parametrize("name", nets.CNNS)
+def test_every_family_of_cnns_must_become_a_file_of_8_bits_that_runs_and_is_near(name):
+    built, inputs = nets.build(name)
+    network = trace(built, inputs(2))
+    torch.manual_seed(1)
+    examples = [tuple(x.numpy() for x in inputs(1)) for _ in range(16)]
+    content = quantize_onnx(onnx_model(network), lambda: iter(examples), quantization("int8"))
+    read = {name for node in content.graph.node for name in node.input} | {value.name for value in content.graph.output}
+    assert all(read.intersection(node.output) for node in content.graph.node)
+    batch = tuple(np.concatenate(each) for each in zip(*examples, strict=True))
+    wanted = network.predict(*batch)
+    for value, exact in zip(run(content, *batch), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        assert ((value - exact) ** 2).mean() < 0.02 * exact.var()
 
 
 # ---- other numbers for some layers
