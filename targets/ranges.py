@@ -91,7 +91,8 @@ class Statistics:
             return self._percentile()
         candidates = self._candidates()
         weigh = self._squared_error if calibrator == "mse" else self._divergence
-        return min(candidates, key=lambda r: weigh(r, levels))
+        low, high = min(candidates, key=lambda r: weigh(r, levels))
+        return min(max(low, float(self.low)), high), high
 
     def _edges(self) -> NDArray[np.float64]:
         return np.linspace(-self._limit, self._limit, len(self._histogram) + 1)

@@ -243,7 +243,7 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
 
 
 def _flat_biases(model: Any) -> None:
-    """Give biases of transposed convolutions one dimension, in place: some come in four, and have a scale in each channel then."""
+    """Give biases of transposed convolutions one dimension, in place: with four, LiteRT takes no scale of each channel."""
     from ai_edge_litert import schema_py_generated as schema
 
     graph = model.subgraphs[0]

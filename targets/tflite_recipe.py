@@ -73,7 +73,8 @@ def tflite_operators(model: Any) -> list[Operator]:
 
 
 def described(operator: Operator, how: Quantization) -> Quantization:
-    """What holds for an operator: of weights in blocks, those that do not come out even share a scale in each channel.
+    """What holds for an operator: of weights in blocks, those that do not come out even share a scale in each channel; the
+    constant side of a matrix product has one scale.
 
     Raises:
         UserError: numbers that LiteRT has no kernels for.
@@ -81,6 +82,8 @@ def described(operator: Operator, how: Quantization) -> Quantization:
     chosen = how.of(operator.module, operator.kind)
     _check(chosen)
     weights = chosen.weights
+    if weights is not None and weights.per == "channel" and operator.kind == "matmul":
+        return replace(chosen, weights=replace(weights, per="tensor"))  # its kernel reads no other scale, and gives zeros
     if weights is None or not isinstance(weights.per, int):
         return chosen
     if operator.kind not in ("linear", "embedding") or len(operator.weights) < 2:
@@ -161,7 +164,7 @@ def _add(manager: Any, scope: str, how: Quantization) -> None:
         return
     steps = [weights]
     if weights.bits < 8 and how.calibrated:
-        steps.insert(0, Numbers(8, per="channel"))
+        steps.insert(0, replace(weights, bits=8))
     for number, step in enumerate(steps):
         algorithm = "float_casting" if step.kind == "float" else "min_max_uniform_quantize"
         config = OpQuantizationConfig.from_dict(_config(step, how))

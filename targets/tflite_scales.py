@@ -32,7 +32,8 @@ def left_float(
     with later, its reader needs that one scale anyway. And attention's masks add minus infinity, or minus a billion: no grid
     has both that and the scores, so what makes or reads such a tensor stays float. So does what turns a detector's results into
     boxes, told by its exponential: a face of ten pixels would be off by one where 320 share a scale. And LiteRT's integer kernel
-    for divisions gives up where a divisor is rounded to zero.
+    for divisions gives up where a divisor is rounded to zero. Last, a layer norm divides by the root of a variance: where the
+    least variance would be a few steps of the grid, as beside a token that is constant, its module stays float.
 
     Args:
         operators: of a file, in the order in which they run.
@@ -46,13 +47,21 @@ def left_float(
         {0}
         >>> left_float([cat], [8], {"boxes": (0, 2), "scores": (0, 1), "found": (0, 2)}, ["found"])
         set()
+        >>> root = Operator("rsqrt", "norm", "RSQRT", ("variances",), ("roots",))
+        >>> norm = [root, Operator("mul", "norm", "MUL", ("x", "roots"), ("y",)), Operator("add", "block", "ADD", ("y", "x"), ("z",))]
+        >>> [left_float(norm, [8, 8, 8], {"roots": (0.5, most)}, []) for most in (3.0, 1.5)]
+        [{0, 1}, set()]
         >>> size = Operator("exp", "head", "EXP", ("sizes",), ("factors",))
         >>> left_float([size, Operator("mul", "head", "MUL", ("factors",), ("boxes",))], [8, 8], {}, ["boxes"])
         {0, 1}
     """
     arrives = _arriving(operators, bits, outputs)
     wide = {name for name, limits in ranges.items() if not np.isfinite(limits).all()}
-    left = _decoding(operators, outputs) | {number for number, operator in enumerate(operators) if operator.kind == "div"}
+    norms = {
+        o.module for o, n in zip(operators, bits, strict=True) if o.kind == "rsqrt" and _least_variance(o, ranges, n) < _LEVELS
+    }
+    left = _decoding(operators, outputs)
+    left |= {number for number, operator in enumerate(operators) if operator.kind == "div" or operator.module in norms}
     moved: set[str] = set()
     for number, operator in enumerate(operators):
         inputs, moves = set(operator.inputs), operator.kind in _MOVERS
@@ -98,6 +107,12 @@ def _levels(operator: Operator, ranges: Mapping[str, tuple[float, float]], bits:
     widths = [_width(ranges[name]) for name in (*operator.outputs[:1], *operator.inputs) if name in ranges]
     known = [width for width in widths[1:] if width > 0]
     return min(known) / widths[0] * (2**bits - 1) if known and 0 < widths[0] < np.inf else np.inf
+
+
+def _least_variance(root: Operator, ranges: Mapping[str, tuple[float, float]], bits: int) -> float:
+    """How many steps of its grid the least variance is, by the reciprocal roots; infinite where nothing is known."""
+    low, high = ranges.get(root.outputs[0], (0.0, 0.0))
+    return (low / high) ** 2 * (2**bits - 1) if high > 0 else np.inf
 
 
 def _width(limits: tuple[float, float]) -> float:
