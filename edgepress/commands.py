@@ -20,6 +20,9 @@ __all__ = ["bench", "compress", "devices", "export", "inspect", "micro", "profil
 ACCEPTED, OURS, YOURS, OVER_BUDGET, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes: done; a fault of edgepress; a mistake in what was given; no file met the budget; Ctrl-C."""
 
+_SHOWN = 64  # calibration examples: a quantized file is compared on half of them
+_FAR = 0.1  # an error of the outputs, over their variance, that nobody should overlook
+
 
 def compress(arguments: argparse.Namespace) -> int:
     """Prune, distil, quantize, export, check and measure; exit 3 where no file met the budget."""
@@ -51,6 +54,7 @@ def compress(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     """Write a task's network into one file and check it."""
     from edgepress.compress.quantization import quantization
+    from edgepress.targets.calibration import halves
     from edgepress.targets.export import export
     from edgepress.targets.verify import verify
 
@@ -58,15 +62,23 @@ def export(arguments: argparse.Namespace) -> int:
     calibration = task.calibration_batches if task is not None else None
     how = quantization(arguments.precision, calibrator=arguments.calibrator, layers=dict(arguments.layer))
     artifact = export(network, arguments.file, how, calibration)
-    parity = verify(artifact, network)
+    shown = halves(calibration, _SHOWN)[1] if calibration is not None and how.weights is not None else None
+    parity = verify(artifact, network, shown)
     if not parity.ok:
         artifact.path.unlink(missing_ok=True)
         print(f"edgepress: {artifact.path} was not delivered: {parity.reason}", file=sys.stderr)
         return OVER_BUDGET
     if arguments.json:
-        _print_json({**_described(artifact), "max_abs": parity.max_abs, "max_rel": parity.max_rel})
+        found = {"max_abs": parity.max_abs, "max_rel": parity.max_rel, "output_error": parity.error}
+        _print_json({**_described(artifact), **found})
     else:
         print(f"{artifact.path}: {artifact.format} {artifact.precision}, {artifact.bytes:,} bytes, {_parity(parity)}")
+    if parity.error > _FAR:
+        print(
+            f"edgepress: warning: the outputs are off by {100 * parity.error:.0f} % of their variance. Judge the file on your "
+            "data; `edgepress sensitivity` names the layers that do it, and --layer leaves them in floats.",
+            file=sys.stderr,
+        )
     return ACCEPTED
 
 

@@ -20,7 +20,7 @@ from edgepress.targets.artifact import Artifact, read_artifact
 from edgepress.targets.calibration import halves
 from edgepress.targets.export import write_file, writer
 from edgepress.targets.profile import profile
-from edgepress.targets.sensitivity import layers_of, output_error, sensitivity, slower_in_floats
+from edgepress.targets.sensitivity import file_error, layers_of, sensitivity, slower_in_floats
 
 __all__ = ["eased", "improved", "repaired", "why_slow"]
 
@@ -168,7 +168,7 @@ def improved(network: Network, suffix: str, how: Quantization, task: Task) -> tu
     assert task.calibration_batches is not None
     seen, shown = halves(task.calibration_batches, _EXAMPLES)
     wanted = network.predict(*shown)
-    best = output_error(writer(network, suffix, seen, how.name), suffix, how, shown, wanted)
+    best = file_error(writer(network, suffix, seen, how.name), suffix, how, shown, wanted)
     done: tuple[tuple[str, str], ...] = ()
     with bar("Repair") as update:
         tries = list(_repairs(network, how, task))
@@ -176,7 +176,7 @@ def improved(network: Network, suffix: str, how: Quantization, task: Task) -> tu
             update(i / len(tries), said)
             with contextlib.suppress(UserError):  # what a repair cannot do to this network is not done
                 other, described = make(network, how)
-                error = output_error(writer(other, suffix, seen, how.name), suffix, described, shown, wanted)
+                error = file_error(writer(other, suffix, seen, how.name), suffix, described, shown, wanted)
                 if error < _HELPS * best:
                     best, network, how = error, other, described
                     done = (*(d for d in done if d[0] != kind), (kind, said))

@@ -25,8 +25,9 @@ from .layout import stored
 from .matching import divergence
 from .profile import Profile, profile
 from .runtimes import open_runtime
+from .verify import output_error
 
-__all__ = ["Sensitivity", "layers_of", "output_error", "sensitivity", "slower_in_floats"]
+__all__ = ["Sensitivity", "file_error", "layers_of", "sensitivity", "slower_in_floats"]
 
 _NOTHING = {"batch_norm", "dropout", "contiguous", "clone", "detach", "alias"}  # what leaves no operator in a file
 
@@ -139,10 +140,10 @@ def sensitivity(
     return whole, sorted(found, key=lambda s: -s.gain)
 
 
-def output_error(
+def file_error(
     write: Callable[[Quantization], bytes], suffix: str, how: Quantization, inputs: Sequence[np.ndarray], wanted: object
 ) -> float:
-    """How far a file's outputs are from the network's: the squared difference over the variance of these, mean of the outputs.
+    """The `output_error` of a file that is written for that alone.
 
     Args:
         write: of `edgepress.targets.export.writer`.
@@ -173,10 +174,7 @@ def _error(artifact: Artifact, feeds: Sequence[np.ndarray], wanted: object) -> f
     with contextlib.closing(open_runtime(artifact)) as runtime:
         got = _tuple(runtime.predict(*feeds))
     artifact.path.unlink()
-    pairs = [
-        (a.astype(np.float64), b.astype(np.float64)) for a, b in zip(got, _tuple(wanted), strict=True) if b.dtype.kind == "f"
-    ]
-    return float(np.mean([np.mean((a - b) ** 2) / max(float(b.var()), 1e-12) for a, b in pairs])) if pairs else 0.0
+    return output_error(got, _tuple(wanted))
 
 
 def _gone(network: Network, feeds: Sequence[np.ndarray], plain: Artifact, quantized: Artifact) -> dict[str, float]:

@@ -48,7 +48,7 @@ def left_float(
         >>> left_float([cat], [8], {"boxes": (0, 2), "scores": (0, 1), "found": (0, 2)}, ["found"])
         set()
         >>> root = Operator("rsqrt", "norm", "RSQRT", ("variances",), ("roots",))
-        >>> norm = [root, Operator("mul", "norm", "MUL", ("x", "roots"), ("y",)), Operator("add", "block", "ADD", ("y", "x"), ("z",))]
+        >>> norm = [root, Operator("mul", "norm", "MUL", ("x", "roots"), ("y",)), Operator("add", "", "ADD", ("y", "x"), ("z",))]
         >>> [left_float(norm, [8, 8, 8], {"roots": (0.5, most)}, []) for most in (3.0, 1.5)]
         [{0, 1}, set()]
         >>> size = Operator("exp", "head", "EXP", ("sizes",), ("factors",))

@@ -19,7 +19,7 @@ from edgepress.compress.randomness import draws
 from .artifact import Artifact, read_artifact
 from .devices import Device, find_device
 
-__all__ = ["Parity", "drawing", "verify"]
+__all__ = ["Parity", "drawing", "output_error", "verify"]
 
 _RANDOM = 8
 """Random examples beside the network's own: enough to see a wrong layout or a lost operator."""
@@ -36,6 +36,7 @@ class Parity:
         ok: of fp32, that ``max_rel`` is within the tolerance; of other precisions, that the file runs and gives finite
             values of the right shapes. What int8 costs is for the task's metric to say.
         reason: why it is not ok; empty where it is.
+        error: `output_error` of the file's outputs; NaN where nothing could be compared.
     """
 
     max_abs: float
@@ -43,6 +44,7 @@ class Parity:
     examples: int
     ok: bool
     reason: str = ""
+    error: float = float("nan")
 
 
 def verify(
@@ -88,7 +90,7 @@ def verify(
     max_abs, max_rel = _difference(wanted, got)
     ok = fresh.precision != "fp32" or max_rel <= tolerance
     reason = f"{artifact.path.name} differs from the network by {max_rel:.2g} of its largest output (allowed: {tolerance:.2g})."
-    return Parity(max_abs, max_rel, count, ok, "" if ok else reason + drawing(network))
+    return Parity(max_abs, max_rel, count, ok, "" if ok else reason + drawing(network), output_error(got, wanted))
 
 
 def drawing(network: Network) -> str:
@@ -134,6 +136,17 @@ def _like(example: Tensor, generator: torch.Generator) -> Tensor:
     if not deviation > 0:  # zeros or ones as an example say nothing of the data
         deviation = torch.tensor(1.0)
     return (torch.randn(shape, generator=generator) * deviation + values.mean()).to(example.dtype)
+
+
+def output_error(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
+    """The squared difference of outputs over their variance, mean of the float outputs: 1 is as bad as knowing only their mean.
+
+    Example:
+        >>> output_error([np.float32([0, 3])], [np.float32([0, 2])])
+        0.5
+    """
+    pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(got, wanted, strict=True) if b.dtype.kind == "f"]
+    return float(np.mean([np.mean((a - b) ** 2) / max(float(b.var()), 1e-12) for a, b in pairs])) if pairs else 0.0
 
 
 def _mismatch(wanted: tuple[np.ndarray, ...], got: tuple[np.ndarray, ...]) -> str:

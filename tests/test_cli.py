@@ -374,3 +374,27 @@ def test_layers_in_another_precision_are_read_from_the_command_line():
     assert dict(arguments.layer) == {"head.*": "fp32", "op:softmax": "fp16"}
     with pytest.raises(SystemExit):
         _parser().parse_args(["export", "digits", "net.onnx", "--layer", "head.*"])
+
+
+LOUD = """
+import torch, edgepress as ep
+
+def build():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight[0] *= LOUDNESS
+        model[1].weight[:, 0] = 0
+    x = torch.randn(32, 8)
+    return ep.Task(model, x[:2], lambda predict: {"score": 0.0}, "score", calibration_batches=[x])
+"""
+
+
+@pytest.mark.parametrize(("loudness", "warned"), [(1, False), (10_000, True)])
+def test_export_warns_of_outputs_that_are_far_off(loudness, warned, tmp_path, capsys):
+    task = tmp_path / "loud.py"
+    task.write_text(LOUD.replace("LOUDNESS", str(loudness)))
+    assert main(["export", f"{task}:build", str(tmp_path / "net.tflite"), "--precision", "int8"]) == 0
+    out, err = capsys.readouterr()
+    assert "on 16 examples" in out
+    assert ("`edgepress sensitivity` names the layers" in err) is warned
