@@ -243,18 +243,21 @@ def annotate_tflite(content: bytes, layout: Layout, notes: dict[str, Any] | None
 
 
 def _flat_biases(model: Any) -> None:
-    """Give biases of transposed convolutions one dimension, in place: with four, LiteRT takes no scale of each channel."""
-    from ai_edge_litert import schema_py_generated as schema
+    """Give biases one dimension, in place: with four, as arithmetic behind a layer leaves them, LiteRT takes one scale only."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator as Code
 
+    places = {Code.CONV_2D: 2, Code.DEPTHWISE_CONV_2D: 2, Code.FULLY_CONNECTED: 2, Code.TRANSPOSE_CONV: 3}
     graph = model.subgraphs[0]
-    kinds = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]
     for operator in graph.operators:
-        if kinds[operator.opcodeIndex] == schema.BuiltinOperator.TRANSPOSE_CONV and len(operator.inputs) > 3:
-            bias = copy.copy(graph.tensors[operator.inputs[3]])
-            if len(bias.shape) > 1:
-                bias.shape, bias.name = [int(np.prod(bias.shape))], f"#{len(graph.tensors)}"
-                operator.inputs = np.array([*operator.inputs[:3], len(graph.tensors)], np.int32)
-                graph.tensors.append(bias)
+        code = model.operatorCodes[operator.opcodeIndex]
+        place = places.get(max(code.builtinCode, code.deprecatedBuiltinCode), len(operator.inputs))
+        if place >= len(operator.inputs) or operator.inputs[place] < 0:
+            continue
+        bias = copy.copy(graph.tensors[operator.inputs[place]])
+        if len(bias.shape) > 1:
+            bias.shape, bias.name = [int(np.prod(bias.shape))], f"#{len(graph.tensors)}"
+            operator.inputs = np.array([*operator.inputs[:place], len(graph.tensors), *operator.inputs[place + 1 :]], np.int32)
+            graph.tensors.append(bias)
 
 
 def _named(graph: Any, ports: list[Any], names: tuple[str, ...]) -> list[int]:
