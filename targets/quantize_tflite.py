@@ -13,9 +13,9 @@ from .artifact import Port
 from .layout import stored
 from .silence import silence
 from .tflite_bias import corrected_biases
-from .tflite_recipe import Operator, activation_bits, tflite_operators, tflite_recipe
+from .tflite_recipe import Operator, activation_bits, described, tflite_operators, tflite_recipe
 from .tflite_scales import left_float
-from .tflite_tensors import activation_ranges, port_names, read_model
+from .tflite_tensors import activation_ranges, float_tensors, port_names, read_model
 
 __all__ = ["feeds_of", "quantize_tflite"]
 
@@ -56,7 +56,8 @@ def quantize_tflite(
     how = how or quantization("int8")
     model = read_model(content)
     operators = tflite_operators(model)
-    recipe = tflite_recipe(operators, how)
+    faint = _faint(content, operators, how)
+    recipe = tflite_recipe(operators, how, faint)
     bits = activation_bits(operators, recipe)
     found: dict[str, tuple[float, float]] = {}
     kept: list[dict[str, np.ndarray]] = []
@@ -64,11 +65,23 @@ def quantize_tflite(
         examples = _watched(feeds_of(ports, pieces or ()), kept)
         found = activation_ranges(content, examples, how.calibrator, 2 ** max(bits) - 1) | dict(ranges or {})
         inputs, outputs = port_names(model)
-        left = left_float(operators, bits, found, outputs)
+        left = left_float(operators, bits, found, outputs) | faint
         bits = [0 if number in left else n for number, n in enumerate(bits)]
         recipe = tflite_recipe(operators, how, left, _integer_ports(operators, bits, how, (inputs, outputs)))
     result = _quantized(content, recipe, found)
     return corrected_biases(content, result, kept) if correct and kept and not ranges else result
+
+
+def _faint(content: bytes, operators: Sequence[Operator], how: Quantization) -> set[int]:
+    """The layers with a block of weights whose scale, which is stored in two bytes, would be zero."""
+    found: dict[int, tuple[str, int, int]] = {}
+    for number, operator in enumerate(operators):
+        numbers = described(operator, how).weights
+        if numbers is not None and isinstance(numbers.per, int):
+            found[number] = operator.constant, numbers.per, numbers.limits[1]
+    values = float_tensors(content) if found else {}
+    scales = {number: np.abs(values[name]).reshape(-1, per).max(1) / top for number, (name, per, top) in found.items()}
+    return {number for number, each in scales.items() if not each.astype(np.float16).all()}
 
 
 def feeds_of(ports: Sequence[Port], pieces: Iterable[tuple[np.ndarray, ...]]) -> Iterator[dict[str, np.ndarray]]:

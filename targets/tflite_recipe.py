@@ -30,6 +30,7 @@ class Operator:
         inputs: names of the float tensors that it takes, weights left out.
         outputs: names of all that it gives.
         weights: shape of its weights; empty where it has none.
+        constant: name of the tensor that holds them.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Operator:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: tuple[int, ...] = ()
+    constant: str = ""
 
 
 def tflite_operators(model: Any) -> list[Operator]:
@@ -67,6 +69,7 @@ def tflite_operators(model: Any) -> list[Operator]:
             tuple(tensor_name(graph.tensors[i]) for i in inputs if i in made),
             tuple(names[: len(outputs)]),
             tuple(int(n) for n in weights.shape) if weights is not None else (),
+            tensor_name(weights) if weights is not None else "",
         )
 
     return [read(operator) for operator in graph.operators]

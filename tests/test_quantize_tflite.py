@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from ai_edge_litert import schema_py_generated as schema
 from torch import nn
 
 from edgepress.compress.errors import RecipeError, UserError
@@ -437,6 +438,18 @@ def test_what_integer_kernels_cannot_do_must_stay_out_of_them(name, least, cases
     case = cases(name)
     assert case.signal_db(case.run(case.quantized("int8"), tmp_path)[1]) > least
     assert case.signal_db(case.run(case.quantized("w4a8"), tmp_path)[1]) > least / 2
+
+
+def test_weights_too_small_for_a_scale_in_two_bytes_must_stay_in_floats(tmp_path):
+    torch.manual_seed(0)
+    module = linear()
+    with torch.no_grad():
+        module[0].weight[0], module[0].weight[1] = 0.0, 1e-9
+    case = Case(module, (64,))
+    content = case.quantized("int4")
+    small = [tensor for tensor in read_model(content).subgraphs[0].tensors if tensor.type == schema.TensorType.INT4]
+    assert [list(tensor.shape) for tensor in small] == [[32, 96]]
+    assert case.signal_db(case.run(content, tmp_path)[1]) > SIGNAL_DB["int4"]
 
 
 def test_integer_files_must_take_and_give_floats(cases, tmp_path):
