@@ -2,6 +2,7 @@
 
 import pruning_coverage
 import pytest
+import quantization_coverage
 import torch
 from zoo import ZOO
 
@@ -33,3 +34,10 @@ def test_a_folded_network_must_equal_its_oracle_and_nothing_else():
         torch.testing.assert_close(network(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
         assert relative_error(smaller(*inputs), masked(analysis, gone)(*inputs)) < 1e-5
         assert relative_error(smaller(*inputs), masked(analysis, [])(*inputs)) > 1e-3
+
+
+def test_a_quantized_architecture_must_run_near_its_network_and_a_precision_without_kernels_be_said():
+    row = dict(quantization_coverage.tried("pointnet", "int8", ["onnx", "tflite"]))
+    assert min(row["onnx"], row["tflite"]) > 20
+    (sentence,) = (value for name, value in quantization_coverage.tried("pointnet", "int8-dynamic", ["onnx"]) if name == "onnx")
+    assert sentence.startswith(quantization_coverage.NOTHING)
