@@ -83,7 +83,7 @@ def _press(task: Task, recipe: Recipe, place: Device, folder: Path, max_drop: fl
     with clock.stage("trace"):
         original = trace(task.model, task.inputs)
     if said := drawing(original):
-        raise TaskError(said.strip())
+        raise TaskError(said)
     _check_layers(original, recipe)
     if not join(original.device).first:
         with silenced():

@@ -90,11 +90,12 @@ def verify(
     max_abs, max_rel = _difference(wanted, got)
     ok = fresh.precision != "fp32" or max_rel <= tolerance
     reason = f"{artifact.path.name} differs from the network by {max_rel:.2g} of its largest output (allowed: {tolerance:.2g})."
-    return Parity(max_abs, max_rel, count, ok, "" if ok else reason + drawing(network), output_error(got, wanted))
+    reason = "" if ok else f"{reason} {drawing(network)}".strip()
+    return Parity(max_abs, max_rel, count, ok, reason, output_error(got, wanted))
 
 
 def drawing(network: Network) -> str:
-    """A sentence, with a space before it, about a network that draws random numbers; '' where it draws none.
+    """A sentence about a network that draws random numbers; '' where it draws none.
 
     Example:
         >>> from edgepress.compress.network import trace
@@ -106,7 +107,7 @@ def drawing(network: Network) -> str:
         return ""
     line = user_line(found[0])
     return (
-        f" The network draws random numbers{f' at {line}' if line else ''}, so no file can give what it gives: let forward "
+        f"The network draws random numbers{f' at {line}' if line else ''}, so no file can give what it gives: let forward "
         "return what they are drawn by, such as a mean, or take them as an input."
     )
 
